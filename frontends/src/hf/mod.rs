@@ -1,0 +1,8 @@
+//! Hugging Face folders: `config.json`, safetensors weights and the files that travel with them.
+
+mod open;
+mod safetensors;
+
+pub use open::open_folder;
+pub(crate) use safetensors::map_file;
+pub use safetensors::{SafetensorsFile, SafetensorsFolder};

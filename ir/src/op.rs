@@ -1,0 +1,414 @@
+//! Operations: one closed, flat enum.
+//!
+//! Primitives have a type rule, an evaluation and (where it exists) a gradient. Large operations stay whole so
+//! that passes and targets can see them; each is *defined* by [`Op::expand`](crate::expand) into primitives.
+
+use crate::attr::{Attr, Real};
+use crate::module::{FuncId, WeightId};
+use crate::quant::{QuantSpec, Rule};
+use crate::rope::RopeAttr;
+use crate::types::{Elem, Shape};
+
+/// Elementwise functions of one operand. Arithmetic is `f32`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum UnaryOp {
+    /// `-x`
+    Neg,
+    /// `|x|`
+    Abs,
+    /// `e^x`
+    Exp,
+    /// Natural logarithm.
+    Log,
+    /// Square root.
+    Sqrt,
+    /// `1 / sqrt(x)`
+    Rsqrt,
+    /// `1 / x`
+    Recip,
+    /// `1 / (1 + e^-x)`
+    Sigmoid,
+    /// Cosine.
+    Cos,
+    /// Sine.
+    Sin,
+}
+
+/// Elementwise functions of two operands, broadcast as numpy does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum BinaryOp {
+    /// `a + b`
+    Add,
+    /// `a - b`
+    Sub,
+    /// `a * b`
+    Mul,
+    /// `a / b`
+    Div,
+    /// The larger one.
+    Max,
+    /// The smaller one.
+    Min,
+}
+
+/// Reductions along one axis, which stays with size 1.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ReduceOp {
+    /// Sum.
+    Sum,
+    /// Arithmetic mean.
+    Mean,
+    /// Largest element.
+    Max,
+}
+
+/// Heads of an attention.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct AttnAttr {
+    /// Query heads.
+    pub heads: u32,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: u32,
+    /// Factor on the scores before softmax.
+    pub scale: Real,
+}
+
+/// An operation. Operands and results are listed with each variant as `operands -> results`.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Op {
+    // Leaves and structure.
+    /// `-> w`: a weight of the module, written inline as `@name`.
+    Weight(WeightId),
+    /// `-> c`: a small literal.
+    Const {
+        /// Sizes.
+        shape: Vec<u64>,
+        /// Row-major elements.
+        data: Vec<Real>,
+    },
+    /// `args.. -> results..` of another function.
+    Call(FuncId),
+
+    // Primitives.
+    /// `x -> y`, elementwise.
+    Unary(UnaryOp),
+    /// `a, b -> y`, elementwise with broadcasting.
+    Binary(BinaryOp),
+    /// `x -> y` with `axis` reduced to size 1.
+    Reduce(ReduceOp, u8),
+    /// `a [.., m, k], b [.., k, n] -> [.., m, n]`; with `trans_b`, `b [.., n, k]`. Leading dimensions broadcast.
+    MatMul {
+        /// Whether the right operand is stored transposed, as linear layers are.
+        trans_b: bool,
+    },
+    /// `x -> y` in another plain element type.
+    Cast(Elem),
+    /// `x -> y` with the same elements in order.
+    Reshape(Shape),
+    /// `x -> y` with axes permuted: result axis `i` is operand axis `perm[i]`.
+    Transpose(Vec<u8>),
+    /// `x -> y`: `len` elements from `start` along `axis`.
+    Slice {
+        /// Axis, from the front.
+        axis: u8,
+        /// First index.
+        start: u64,
+        /// Number of indices.
+        len: u64,
+    },
+    /// `a, b -> y`, one after the other along `axis`; `P` and `S` make `T`.
+    Concat(u8),
+    /// `table [v, n], ids [..] -> [.., n]`
+    Gather,
+    /// `-> mask [S, T]`: 0 where key `j <= P + i`, else minus infinity.
+    CausalMask,
+
+    // Large operations.
+    /// `x -> x * sigmoid(x)`
+    Silu,
+    /// `x [.., n], gain [n] -> y`: `x / sqrt(mean(x²) + eps) * gain`.
+    RmsNorm(Real),
+    /// `x -> y` along the last axis.
+    Softmax,
+    /// `x [B, S, heads * head_dim], pos [S] -> y`: rotary embedding, halves rotated.
+    Rope(RopeAttr),
+    /// `q [B, S, H * D], k [B, T, K * D], v [B, T, K * D] -> [B, S, H * D]`, causal, grouped queries.
+    Attention(AttnAttr),
+    /// `past [B, P, n], new [B, S, n] -> [B, T, n]`
+    CacheAppend,
+    /// `w, bound -> y`: `w` limited to `±bound`, one bound for each run of the grain's scales.
+    Clip(QuantSpec),
+
+    // Quantization.
+    /// `x -> y`: *means* `dcast(qcast(x))` with scales from the data by the rule.
+    FakeQuant(QuantSpec, Rule),
+    /// `x -> scale` or `x -> scale, zero`.
+    QParams(QuantSpec, Rule),
+    /// `x, scale [, zero] -> codes`
+    QCast(QuantSpec),
+    /// `codes, scale [, zero] -> x`
+    DCast,
+}
+
+/// The text form of an operation: a mnemonic and attributes.
+pub type OpText = (&'static str, Vec<(&'static str, Attr)>);
+
+impl UnaryOp {
+    const TABLE: [(&'static str, UnaryOp); 10] = [
+        ("neg", UnaryOp::Neg),
+        ("abs", UnaryOp::Abs),
+        ("exp", UnaryOp::Exp),
+        ("log", UnaryOp::Log),
+        ("sqrt", UnaryOp::Sqrt),
+        ("rsqrt", UnaryOp::Rsqrt),
+        ("recip", UnaryOp::Recip),
+        ("sigmoid", UnaryOp::Sigmoid),
+        ("cos", UnaryOp::Cos),
+        ("sin", UnaryOp::Sin),
+    ];
+}
+
+impl BinaryOp {
+    const TABLE: [(&'static str, BinaryOp); 6] = [
+        ("add", BinaryOp::Add),
+        ("sub", BinaryOp::Sub),
+        ("mul", BinaryOp::Mul),
+        ("div", BinaryOp::Div),
+        ("max", BinaryOp::Max),
+        ("min", BinaryOp::Min),
+    ];
+}
+
+impl ReduceOp {
+    const TABLE: [(&'static str, ReduceOp); 3] =
+        [("reduce.sum", ReduceOp::Sum), ("reduce.mean", ReduceOp::Mean), ("reduce.max", ReduceOp::Max)];
+}
+
+fn word_of<T: PartialEq + Copy>(table: &[(&'static str, T)], op: T) -> &'static str {
+    table.iter().find(|(_, o)| *o == op).map_or("?", |(w, _)| w)
+}
+
+fn op_of<T: Copy>(table: &[(&'static str, T)], word: &str) -> Option<T> {
+    table.iter().find(|(w, _)| *w == word).map(|(_, o)| *o)
+}
+
+impl Op {
+    /// Mnemonic and attributes. `Weight` and `Call` are written by the printer, since they name other entities.
+    pub fn text(&self) -> OpText {
+        let quant = |spec: &QuantSpec, rule: &Rule| {
+            vec![("q", Attr::Spec(*spec)), ("rule", Attr::Word(rule.to_string()))]
+        };
+        match self {
+            Op::Weight(_) => ("weight", vec![]),
+            Op::Call(_) => ("call", vec![]),
+            Op::Const { shape, data } => (
+                "const",
+                vec![
+                    ("shape", Attr::Ints(shape.iter().map(|&n| n as i64).collect())),
+                    ("data", Attr::Reals(data.clone())),
+                ],
+            ),
+            Op::Unary(u) => (word_of(&UnaryOp::TABLE, *u), vec![]),
+            Op::Binary(b) => (word_of(&BinaryOp::TABLE, *b), vec![]),
+            Op::Reduce(r, axis) => {
+                (word_of(&ReduceOp::TABLE, *r), vec![("axis", Attr::Int(i64::from(*axis)))])
+            }
+            Op::MatMul { trans_b } => (if *trans_b { "matmul.t" } else { "matmul" }, vec![]),
+            Op::Cast(e) => ("cast", vec![("to", Attr::Elem(*e))]),
+            Op::Reshape(s) => ("reshape", vec![("to", Attr::Shape(s.clone()))]),
+            Op::Transpose(p) => {
+                ("transpose", vec![("perm", Attr::Ints(p.iter().map(|&x| i64::from(x)).collect()))])
+            }
+            Op::Slice { axis, start, len } => (
+                "slice",
+                vec![
+                    ("axis", Attr::Int(i64::from(*axis))),
+                    ("start", Attr::Int(*start as i64)),
+                    ("len", Attr::Int(*len as i64)),
+                ],
+            ),
+            Op::Concat(axis) => ("concat", vec![("axis", Attr::Int(i64::from(*axis)))]),
+            Op::Gather => ("gather", vec![]),
+            Op::CausalMask => ("causal_mask", vec![]),
+            Op::Silu => ("silu", vec![]),
+            Op::RmsNorm(eps) => ("rms_norm", vec![("eps", Attr::Real(*eps))]),
+            Op::Softmax => ("softmax", vec![]),
+            Op::Rope(r) => ("rope", r.attrs()),
+            Op::Attention(a) => (
+                "attention",
+                vec![
+                    ("heads", Attr::Int(i64::from(a.heads))),
+                    ("kv_heads", Attr::Int(i64::from(a.kv_heads))),
+                    ("scale", Attr::Real(a.scale)),
+                ],
+            ),
+            Op::CacheAppend => ("cache_append", vec![]),
+            Op::Clip(q) => ("clip", vec![("q", Attr::Spec(*q))]),
+            Op::FakeQuant(q, r) => ("fake_quant", quant(q, r)),
+            Op::QParams(q, r) => ("qparams", quant(q, r)),
+            Op::QCast(q) => ("qcast", vec![("q", Attr::Spec(*q))]),
+            Op::DCast => ("dcast", vec![]),
+        }
+    }
+
+    /// The operation that a mnemonic and attributes stand for.
+    ///
+    /// # Errors
+    /// An unknown mnemonic, or a missing, unknown or ill-typed attribute, in a sentence.
+    pub fn from_text(word: &str, attrs: Vec<(String, Attr)>) -> Result<Op, String> {
+        let mut a = AttrReader { word, attrs };
+        let op = match word {
+            "const" => Op::Const {
+                shape: a.ints("shape")?.into_iter().map(|n| n as u64).collect(),
+                data: a.reals("data")?,
+            },
+            "matmul" => Op::MatMul { trans_b: false },
+            "matmul.t" => Op::MatMul { trans_b: true },
+            "cast" => Op::Cast(a.elem("to")?),
+            "reshape" => Op::Reshape(a.shape("to")?),
+            "transpose" => Op::Transpose(a.ints("perm")?.into_iter().map(|x| x as u8).collect()),
+            "slice" => {
+                Op::Slice { axis: a.small("axis")?, start: a.int("start")? as u64, len: a.int("len")? as u64 }
+            }
+            "concat" => Op::Concat(a.small("axis")?),
+            "gather" => Op::Gather,
+            "causal_mask" => Op::CausalMask,
+            "silu" => Op::Silu,
+            "rms_norm" => Op::RmsNorm(a.real("eps")?),
+            "softmax" => Op::Softmax,
+            "rope" => Op::Rope(RopeAttr::from_attrs(&mut a)?),
+            "attention" => Op::Attention(AttnAttr {
+                heads: a.int("heads")? as u32,
+                kv_heads: a.int("kv_heads")? as u32,
+                scale: a.real("scale")?,
+            }),
+            "cache_append" => Op::CacheAppend,
+            "clip" => Op::Clip(a.spec("q")?),
+            "fake_quant" => Op::FakeQuant(a.spec("q")?, a.rule()?),
+            "qparams" => Op::QParams(a.spec("q")?, a.rule()?),
+            "qcast" => Op::QCast(a.spec("q")?),
+            "dcast" => Op::DCast,
+            _ => {
+                if let Some(u) = op_of(&UnaryOp::TABLE, word) {
+                    Op::Unary(u)
+                } else if let Some(b) = op_of(&BinaryOp::TABLE, word) {
+                    Op::Binary(b)
+                } else if let Some(r) = op_of(&ReduceOp::TABLE, word) {
+                    Op::Reduce(r, a.small("axis")?)
+                } else {
+                    return Err(format!("unknown operation `{word}`"));
+                }
+            }
+        };
+        a.finish()?;
+        Ok(op)
+    }
+
+    /// Whether the result depends on nothing but the operands: every operation but calls.
+    pub fn is_leaf(&self) -> bool {
+        matches!(self, Op::Weight(_) | Op::Const { .. } | Op::CausalMask)
+    }
+}
+
+/// Takes attributes by name, each once.
+pub(crate) struct AttrReader<'a> {
+    word: &'a str,
+    attrs: Vec<(String, Attr)>,
+}
+
+impl AttrReader<'_> {
+    fn take(&mut self, key: &str) -> Result<Attr, String> {
+        self.take_opt(key).ok_or_else(|| format!("`{}` needs the attribute `{key}`", self.word))
+    }
+
+    pub(crate) fn take_opt(&mut self, key: &str) -> Option<Attr> {
+        let at = self.attrs.iter().position(|(k, _)| k == key)?;
+        Some(self.attrs.remove(at).1)
+    }
+
+    fn wrong<T>(&self, key: &str, want: &str, got: &Attr) -> Result<T, String> {
+        Err(format!("attribute `{key}` of `{}` is {want}, not `{got}`", self.word))
+    }
+
+    pub(crate) fn int(&mut self, key: &str) -> Result<i64, String> {
+        match self.take(key)? {
+            Attr::Int(n) if n >= 0 => Ok(n),
+            got => self.wrong(key, "a whole number", &got),
+        }
+    }
+
+    fn small(&mut self, key: &str) -> Result<u8, String> {
+        let n = self.int(key)?;
+        u8::try_from(n).or_else(|_| self.wrong(key, "a small number", &Attr::Int(n)))
+    }
+
+    pub(crate) fn real(&mut self, key: &str) -> Result<Real, String> {
+        match self.take(key)? {
+            Attr::Real(x) => Ok(x),
+            Attr::Int(n) => Ok(Real(n as f64)),
+            got => self.wrong(key, "a number", &got),
+        }
+    }
+
+    pub(crate) fn word(&mut self, key: &str) -> Result<String, String> {
+        match self.take(key)? {
+            Attr::Word(w) => Ok(w),
+            got => self.wrong(key, "a word", &got),
+        }
+    }
+
+    fn ints(&mut self, key: &str) -> Result<Vec<i64>, String> {
+        match self.take(key)? {
+            Attr::Ints(v) if v.iter().all(|&x| x >= 0) => Ok(v),
+            Attr::Shape(s) => match s.as_fixed() {
+                Some(v) => Ok(v.into_iter().map(|n| n as i64).collect()),
+                None => self.wrong(key, "a list of whole numbers", &Attr::Shape(s)),
+            },
+            got => self.wrong(key, "a list of whole numbers", &got),
+        }
+    }
+
+    fn reals(&mut self, key: &str) -> Result<Vec<Real>, String> {
+        match self.take(key)? {
+            Attr::Reals(v) => Ok(v),
+            Attr::Ints(v) => Ok(v.into_iter().map(|n| Real(n as f64)).collect()),
+            got => self.wrong(key, "a list of numbers", &got),
+        }
+    }
+
+    fn shape(&mut self, key: &str) -> Result<Shape, String> {
+        match self.take(key)? {
+            Attr::Shape(s) => Ok(s),
+            Attr::Ints(v) if v.iter().all(|&x| x >= 0) => {
+                Ok(Shape(v.into_iter().map(|n| crate::Dim::Fixed(n as u64)).collect()))
+            }
+            got => self.wrong(key, "a shape", &got),
+        }
+    }
+
+    fn elem(&mut self, key: &str) -> Result<Elem, String> {
+        match self.take(key)? {
+            Attr::Elem(e) => Ok(e),
+            got => self.wrong(key, "an element type", &got),
+        }
+    }
+
+    fn spec(&mut self, key: &str) -> Result<QuantSpec, String> {
+        match self.take(key)? {
+            Attr::Spec(q) => Ok(q),
+            got => self.wrong(key, "a quantization scheme such as `u4<group:64, f32, zero>`", &got),
+        }
+    }
+
+    fn rule(&mut self) -> Result<Rule, String> {
+        let w = self.word("rule")?;
+        w.parse().or_else(|()| self.wrong("rule", "one of minmax, awq, mse", &Attr::Word(w.clone())))
+    }
+
+    fn finish(self) -> Result<(), String> {
+        match self.attrs.first() {
+            None => Ok(()),
+            Some((k, _)) => Err(format!("`{}` has no attribute `{k}`", self.word)),
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! Elementwise arithmetic with numpy-style broadcasting. Same bits on every instruction set.
+
+use super::pool::Pool;
+use super::simd::{self, Isa, Kernel, Lanes};
+
+/// Elements that one task computes.
+const CHUNK: usize = 16 * 1024;
+
+/// An operation on two numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BinaryOp {
+    /// `a + b`
+    Add,
+    /// `a - b`
+    Sub,
+    /// `a * b`
+    Mul,
+    /// `a / b`
+    Div,
+    /// The smaller; NaN if either is.
+    Min,
+    /// The larger; NaN if either is.
+    Max,
+}
+
+/// An operation on one number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum UnaryOp {
+    /// `-x`
+    Neg,
+    /// `|x|`
+    Abs,
+    /// `e^x`, see [`simd::exp`].
+    Exp,
+    /// Natural logarithm.
+    Log,
+    /// Square root, correctly rounded.
+    Sqrt,
+    /// `1 / sqrt(x)`
+    Rsqrt,
+    /// `1 / x`
+    Recip,
+    /// `1 / (1 + e^-x)`
+    Sigmoid,
+    /// `x / (1 + e^-x)`
+    Silu,
+}
+
+/// `out = op(x)`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn unary(pool: &Pool, isa: Isa, op: UnaryOp, x: &[f32], out: &mut [f32]) {
+    assert_eq!(x.len(), out.len(), "input and output");
+    pool.for_chunks(out, CHUNK, |i, out| {
+        let x = &x[i * CHUNK..][..out.len()];
+        match op {
+            UnaryOp::Neg => isa.run(Map(x, out, |x| -x)),
+            UnaryOp::Abs => isa.run(Map(x, out, f32::abs)),
+            UnaryOp::Exp => isa.run(Map(x, out, |x| simd::exp(x))),
+            UnaryOp::Log => isa.run(Map(x, out, f32::ln)),
+            UnaryOp::Sqrt => isa.run(Map(x, out, f32::sqrt)),
+            UnaryOp::Rsqrt => isa.run(Map(x, out, |x| 1.0 / x.sqrt())),
+            UnaryOp::Recip => isa.run(Map(x, out, |x| 1.0 / x)),
+            UnaryOp::Sigmoid => isa.run(Map(x, out, |x| simd::sigmoid(x))),
+            UnaryOp::Silu => isa.run(Map(x, out, |x| simd::silu(x))),
+        }
+    });
+}
+
+/// `out = silu(gate) * up`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn silu_mul(pool: &Pool, isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    assert!(gate.len() == out.len() && up.len() == out.len(), "inputs and output");
+    pool.for_chunks(out, CHUNK, |i, out| {
+        let (gate, up) = (&gate[i * CHUNK..][..out.len()], &up[i * CHUNK..][..out.len()]);
+        isa.run(Zip(Side::Many(gate), Side::Many(up), out, |g, u| simd::silu(g) * u));
+    });
+}
+
+/// `out = op(a, b)` for row-major tensors of these shapes, aligned at their last dimensions; a dimension of 1 is
+/// repeated. `out` has the shape of both together.
+///
+/// # Panics
+/// If the shapes do not broadcast or a length does not fit.
+pub fn binary(
+    pool: &Pool,
+    isa: Isa,
+    op: BinaryOp,
+    (a, a_shape): (&[f32], &[usize]),
+    (b, b_shape): (&[f32], &[usize]),
+    out: &mut [f32],
+) {
+    let plan = Plan::new(a_shape, b_shape);
+    assert_eq!(a.len(), a_shape.iter().product::<usize>(), "elements of {a_shape:?}");
+    assert_eq!(b.len(), b_shape.iter().product::<usize>(), "elements of {b_shape:?}");
+    assert_eq!(out.len(), plan.len, "elements of {a_shape:?} with {b_shape:?}");
+    pool.for_chunks(out, CHUNK, |i, out| {
+        plan.runs(i * CHUNK, out, |at_a, at_b, out| {
+            let n = out.len();
+            let (a, b) = (Side::new(a, at_a, plan.inner.1, n), Side::new(b, at_b, plan.inner.2, n));
+            match op {
+                BinaryOp::Add => isa.run(Zip(a, b, out, |a, b| a + b)),
+                BinaryOp::Sub => isa.run(Zip(a, b, out, |a, b| a - b)),
+                BinaryOp::Mul => isa.run(Zip(a, b, out, |a, b| a * b)),
+                BinaryOp::Div => isa.run(Zip(a, b, out, |a, b| a / b)),
+                BinaryOp::Min => isa.run(Zip(a, b, out, |a, b| simd::min(a, b))),
+                BinaryOp::Max => isa.run(Zip(a, b, out, |a, b| simd::max(a, b))),
+            }
+        });
+    });
+}
+
+/// The common shape of two operands, with neighbouring dimensions merged where both operands allow it, so that
+/// equal shapes become one run, and a vector or scalar operand one loop around it.
+struct Plan {
+    len: usize,
+    /// Size, and the strides of `a` and `b`: outer dimensions, outermost first.
+    outer: Vec<(usize, usize, usize)>,
+    /// The last dimension; its strides are 0 or 1.
+    inner: (usize, usize, usize),
+}
+
+impl Plan {
+    fn new(a: &[usize], b: &[usize]) -> Self {
+        let rank = a.len().max(b.len());
+        let (mut step_a, mut step_b, mut len) = (1, 1, 1);
+        let mut dims: Vec<(usize, usize, usize)> = Vec::new();
+        for back in 1..=rank {
+            let size = |s: &[usize]| if back > s.len() { 1 } else { s[s.len() - back] };
+            let (na, nb) = (size(a), size(b));
+            assert!(na == nb || na == 1 || nb == 1, "{a:?} and {b:?} do not broadcast");
+            let n = if na == 1 { nb } else { na };
+            let (sa, sb) = (if na == 1 { 0 } else { step_a }, if nb == 1 { 0 } else { step_b });
+            (step_a, step_b, len) = (step_a * na, step_b * nb, len * n);
+            if n == 1 {
+                continue;
+            }
+            match dims.last_mut() {
+                // `sa == 0` on both sides or contiguous on both sides.
+                Some((m, ta, tb)) if sa == *ta * *m && sb == *tb * *m => *m *= n,
+                _ => dims.push((n, sa, sb)),
+            }
+        }
+        let inner = if dims.is_empty() { (1, 0, 0) } else { dims.remove(0) };
+        dims.reverse();
+        Plan { len, outer: dims, inner }
+    }
+
+    /// Splits `out`, which begins at element `from` of the result, where the last dimension ends, and calls
+    /// `f(offset in a, offset in b, run)`.
+    fn runs(&self, from: usize, mut out: &mut [f32], mut f: impl FnMut(usize, usize, &mut [f32])) {
+        let (n, sa, sb) = self.inner;
+        let mut at = from;
+        while !out.is_empty() {
+            let (mut row, col) = (at / n, at % n);
+            let (mut at_a, mut at_b) = (col * sa, col * sb);
+            for &(size, sa, sb) in self.outer.iter().rev() {
+                at_a += row % size * sa;
+                at_b += row % size * sb;
+                row /= size;
+            }
+            let (run, rest) = out.split_at_mut((n - col).min(out.len()));
+            at += run.len();
+            f(at_a, at_b, run);
+            out = rest;
+        }
+    }
+}
+
+/// A run of an operand.
+#[derive(Clone, Copy)]
+enum Side<'a> {
+    Many(&'a [f32]),
+    One(f32),
+}
+
+impl<'a> Side<'a> {
+    fn new(x: &'a [f32], at: usize, step: usize, n: usize) -> Self {
+        if step == 0 { Side::One(x[at]) } else { Side::Many(&x[at..at + n]) }
+    }
+}
+
+/// `out = f(x)`.
+struct Map<'a, F>(&'a [f32], &'a mut [f32], F);
+
+impl<F: Fn(f32) -> f32> Kernel for Map<'_, F> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Map(x, out, f) = self;
+        out.iter_mut().zip(x).for_each(|(o, &x)| *o = f(x));
+    }
+}
+
+/// `out = f(a, b)`.
+struct Zip<'a, F>(Side<'a>, Side<'a>, &'a mut [f32], F);
+
+impl<F: Fn(f32, f32) -> f32> Kernel for Zip<'_, F> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Zip(a, b, out, f) = self;
+        match (a, b) {
+            (Side::Many(a), Side::Many(b)) => {
+                out.iter_mut().zip(a).zip(b).for_each(|((o, &a), &b)| *o = f(a, b));
+            }
+            (Side::Many(a), Side::One(b)) => out.iter_mut().zip(a).for_each(|(o, &a)| *o = f(a, b)),
+            (Side::One(a), Side::Many(b)) => out.iter_mut().zip(b).for_each(|(o, &b)| *o = f(a, b)),
+            (Side::One(a), Side::One(b)) => out.fill(f(a, b)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{bits, close, noise, pools};
+    use super::*;
+
+    const BINARY: [BinaryOp; 6] =
+        [BinaryOp::Add, BinaryOp::Sub, BinaryOp::Mul, BinaryOp::Div, BinaryOp::Min, BinaryOp::Max];
+
+    fn naive(op: BinaryOp, a: f32, b: f32) -> f32 {
+        match op {
+            BinaryOp::Add => a + b,
+            BinaryOp::Sub => a - b,
+            BinaryOp::Mul => a * b,
+            BinaryOp::Div => a / b,
+            BinaryOp::Min => a.min(b),
+            BinaryOp::Max => a.max(b),
+        }
+    }
+
+    #[test]
+    fn every_broadcast_matches_the_definition() {
+        let cases: [(&[usize], &[usize]); 16] = [
+            (&[], &[]),
+            (&[1], &[]),
+            (&[3, 5], &[3, 5]),
+            (&[3, 5], &[5]),
+            (&[5], &[3, 5]),
+            (&[3, 5], &[1]),
+            (&[], &[3, 5]),
+            (&[3, 5], &[3, 1]),
+            (&[3, 1], &[1, 5]),
+            (&[2, 3, 4], &[3, 1]),
+            (&[2, 1, 4, 1], &[3, 1, 7]),
+            (&[1, 3, 1, 5], &[2, 1, 4, 1]),
+            (&[130, 257], &[257]),
+            (&[130, 257], &[130, 1]),
+            (&[33_001], &[33_001]),
+            (&[0, 4], &[4]),
+        ];
+        for (sa, sb) in cases {
+            let rank = sa.len().max(sb.len());
+            let at = |s: &[usize], d: usize| if d + s.len() < rank { 1 } else { s[d + s.len() - rank] };
+            let shape: Vec<usize> =
+                (0..rank).map(|d| if at(sa, d) == 1 { at(sb, d) } else { at(sa, d) }).collect();
+            let pick = |s: &[usize], mut i: usize| {
+                let (mut off, mut step) = (0, 1);
+                for d in (0..rank).rev() {
+                    off += if at(s, d) == 1 { 0 } else { i % shape[d] * step };
+                    (i, step) = (i / shape[d], step * at(s, d));
+                }
+                off
+            };
+            let (a, b) = (noise(sa.iter().product(), 8), noise(sb.iter().product(), 9));
+            let n: usize = shape.iter().product();
+            for op in BINARY {
+                let want: Vec<f32> = (0..n).map(|i| naive(op, a[pick(sa, i)], b[pick(sb, i)])).collect();
+                for isa in Isa::available() {
+                    for pool in &pools() {
+                        let mut out = vec![f32::NAN; n];
+                        binary(pool, isa, op, (&a, sa), (&b, sb), &mut out);
+                        assert_eq!(bits(&out), bits(&want), "{op:?} {sa:?} {sb:?} {}", isa.name());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "do not broadcast")]
+    fn shapes_that_do_not_fit_are_refused() {
+        binary(&pools()[0], Isa::PORTABLE, BinaryOp::Add, (&[0.0; 6], &[2, 3]), (&[0.0; 4], &[4]), &mut [0.0; 6]);
+    }
+
+    #[test]
+    fn unary_and_silu_match_f64() {
+        type Case = (UnaryOp, fn(f64) -> f64);
+        let cases: [Case; 9] = [
+            (UnaryOp::Neg, |x| -x),
+            (UnaryOp::Abs, f64::abs),
+            (UnaryOp::Exp, f64::exp),
+            (UnaryOp::Log, f64::ln),
+            (UnaryOp::Sqrt, f64::sqrt),
+            (UnaryOp::Rsqrt, |x| 1.0 / x.sqrt()),
+            (UnaryOp::Recip, |x| 1.0 / x),
+            (UnaryOp::Sigmoid, |x| 1.0 / (1.0 + (-x).exp())),
+            (UnaryOp::Silu, |x| x / (1.0 + (-x).exp())),
+        ];
+        for n in [0, 1, 5, 20_011] {
+            for (op, f) in cases {
+                let positive = matches!(op, UnaryOp::Log | UnaryOp::Sqrt | UnaryOp::Rsqrt);
+                let x: Vec<f32> =
+                    noise(n, 4).iter().map(|v| if positive { v.abs() * 9.0 + 1e-3 } else { v * 9.0 }).collect();
+                let up = noise(n, 5);
+                let want: Vec<f64> = x.iter().map(|&v| f(f64::from(v))).collect();
+                let both: Vec<f64> = want.iter().zip(&up).map(|(w, &u)| w * f64::from(u)).collect();
+                let mut first = None;
+                for isa in Isa::available() {
+                    for pool in &pools() {
+                        let mut out = vec![0.0; n];
+                        unary(pool, isa, op, &x, &mut out);
+                        close(&out, &want, 5e-7, &format!("{op:?}"));
+                        assert_eq!(*first.get_or_insert_with(|| bits(&out)), bits(&out), "{op:?} {}", isa.name());
+                        if op == UnaryOp::Silu {
+                            silu_mul(pool, isa, &x, &up, &mut out);
+                            close(&out, &both, 5e-7, "silu_mul");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! CPU kernels in `f32`.
+//!
+//! Two rules hold everywhere. *Same bytes at any thread count*: work is cut by shape only, and every
+//! reduction has a fixed order. *Unsafe code is local*: it exists for SIMD, for the `gemm` crate and for
+//! handing disjoint parts of an output to threads, nowhere else.
+//!
+//! Kernels take the [`Pool`] that spreads their work and the [`Isa`] that their inner loops use. Tensors are
+//! dense and row-major unless a stride is asked for. A slice of the wrong length is a bug of the caller and panics.
+
+pub mod attention;
+mod dot;
+#[cfg(target_arch = "x86_64")]
+mod dot_avx512;
+pub mod elementwise;
+pub mod gemm;
+pub mod linear;
+pub mod norm;
+pub mod pool;
+pub mod reduce;
+pub mod rope;
+pub mod simd;
+#[cfg(test)]
+mod testing;
+pub mod weight;
+
+pub use attention::{AttnShape, Rows, attention};
+pub use elementwise::{BinaryOp, UnaryOp, binary, silu_mul, unary};
+pub use gemm::{MatRef, matmul, matmul_batched};
+pub use linear::linear;
+pub use norm::rms_norm;
+pub use pool::{Pool, PoolError, Scratch, ScratchBuf};
+pub use rope::{rope, rope_inplace};
+pub use simd::Isa;
+pub use weight::{WeightView, dequantize_row, gather_rows};

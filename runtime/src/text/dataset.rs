@@ -1,0 +1,357 @@
+//! Reading a text corpus from a file or a folder, and joining its rows.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::chat::Message;
+use super::rows::{Layout, Row, name_list};
+use super::split::{Format, READABLE, Split};
+use super::{TextError, jsonl, parquet, split};
+
+/// What to read of a corpus.
+#[derive(Debug, Clone)]
+pub struct ReadOptions<'a> {
+    /// The split to take from a folder; a file is read whatever its name.
+    pub split: Split,
+    /// The column that holds the text (or the messages), where the usual names do not apply.
+    pub column: Option<&'a str>,
+    /// Stop after this many rows.
+    pub max_rows: Option<usize>,
+    /// Refuse a file that decompresses to more bytes than this, and a corpus with more bytes of text.
+    pub max_bytes: u64,
+}
+
+impl ReadOptions<'_> {
+    /// All rows of a split, up to 8 GiB of text.
+    pub fn new(split: Split) -> Self {
+        Self { split, column: None, max_rows: None, max_bytes: 8 << 30 }
+    }
+}
+
+/// The rows of a corpus, in file order, and where they came from.
+#[derive(Debug, Clone)]
+pub struct Corpus {
+    /// The rows.
+    pub rows: Vec<Row>,
+    /// The files read, in order.
+    pub files: Vec<PathBuf>,
+    /// Which columns made a row, in words.
+    pub layout: String,
+    /// How the rows are joined unless the caller says otherwise.
+    pub default_join: Join,
+}
+
+/// How rows become one text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Join {
+    /// WikiText calibration text: rows that are `""` dropped, the others stripped, joined with two newlines.
+    WikiTrain,
+    /// Perplexity text: all rows as they are, joined with two newlines.
+    All,
+    /// Rows as they are, one after another: a whole text file, and reasoning traces, which end in two newlines.
+    Concat,
+}
+
+impl Join {
+    /// The rule in words, for reports.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Join::WikiTrain => "empty rows dropped, the others stripped, joined with two newlines",
+            Join::All => "all rows as they are, joined with two newlines",
+            Join::Concat => "all rows as they are, one after another",
+        }
+    }
+
+    /// Applies the rule.
+    pub fn join<'a>(self, rows: impl IntoIterator<Item = &'a str>) -> String {
+        let rows = rows.into_iter();
+        let mut out = String::new();
+        let mut push = |text: &str, separator: &str, first: &mut bool| {
+            if !std::mem::take(first) {
+                out.push_str(separator);
+            }
+            out.push_str(text);
+        };
+        let mut first = true;
+        for row in rows {
+            match self {
+                // A row of blanks is not `""`: it is stripped to nothing and still takes part in the join.
+                Join::WikiTrain if row.is_empty() => {}
+                Join::WikiTrain => push(strip(row), "\n\n", &mut first),
+                Join::All => push(row, "\n\n", &mut first),
+                Join::Concat => push(row, "", &mut first),
+            }
+        }
+        out
+    }
+}
+
+/// Python's `str.strip()`, which counts the four ASCII separators as space where Rust's `trim` does not.
+fn strip(text: &str) -> &str {
+    text.trim_matches(|c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c))
+}
+
+impl Corpus {
+    /// One line that says what was read.
+    pub fn describe(&self) -> String {
+        let files: Vec<String> =
+            self.files.iter().map(|f| f.file_name().map_or_else(String::new, |n| n.to_string_lossy().into())).collect();
+        let rows = if self.rows.len() == 1 { "row" } else { "rows" };
+        format!("{} {rows} of {} from {}", self.rows.len(), self.layout, name_list(&files))
+    }
+
+    /// The rows as one text. Conversations must be rendered first, with [`Corpus::render`].
+    pub fn join(&self, join: Join) -> Result<String, TextError> {
+        let mut texts = Vec::with_capacity(self.rows.len());
+        for row in &self.rows {
+            match row {
+                Row::Text(text) => texts.push(text.as_str()),
+                Row::Messages(_) => {
+                    let what = format!("row {} is a conversation, not a text", texts.len() + 1);
+                    return Err(TextError::new(self.place(), what, "render it with the model's chat template first"));
+                }
+            }
+        }
+        Ok(join.join(texts))
+    }
+
+    /// Turns each conversation into text with `template`, which is a chat template's renderer.
+    pub fn render(
+        &mut self,
+        mut template: impl FnMut(&[Message]) -> Result<String, TextError>,
+    ) -> Result<(), TextError> {
+        for row in &mut self.rows {
+            if let Row::Messages(messages) = row {
+                *row = Row::Text(template(messages)?);
+            }
+        }
+        Ok(())
+    }
+
+    fn place(&self) -> String {
+        self.files.first().map_or_else(|| "corpus".into(), |f| f.display().to_string())
+    }
+}
+
+/// Reads a corpus from a file, or the files of one split from a folder.
+///
+/// A folder is searched for the hub's file names (`train-00000-of-00001.parquet`, `test.jsonl`, `val.jsonl.zst`,
+/// `wiki.test.raw`, ...) in itself, in `data`, `main` or `default`, and in a single sub-folder. Where a split is there
+/// in several formats, parquet wins, then JSON, then text.
+pub fn read_corpus(path: &Path, options: &ReadOptions<'_>) -> Result<Corpus, TextError> {
+    let meta = std::fs::metadata(path)
+        .map_err(|e| TextError::at(path, format!("cannot be read: {e}"), "check the path and its permissions"))?;
+    let files = if meta.is_dir() { split::find(path, options.split)? } else { vec![path.to_owned()] };
+    let mut reading = Reading { options, rows: Vec::new(), bytes: 0, layout: None, whole: true };
+    for file in &files {
+        if reading.full() {
+            break;
+        }
+        reading.file(file)?;
+    }
+    if reading.rows.is_empty() {
+        return Err(TextError::at(path, "there are no rows", "give a file or split that has some"));
+    }
+    let default_join = match (&reading.layout, reading.whole) {
+        (_, true) | (Some(Layout::Trace), _) => Join::Concat,
+        _ => Join::All,
+    };
+    let layout = match &reading.layout {
+        Some(layout) => layout.describe(),
+        None => "whole files".into(),
+    };
+    Ok(Corpus { rows: reading.rows, files, layout, default_join })
+}
+
+struct Reading<'a> {
+    options: &'a ReadOptions<'a>,
+    rows: Vec<Row>,
+    bytes: u64,
+    layout: Option<Layout>,
+    whole: bool,
+}
+
+impl Reading<'_> {
+    fn full(&self) -> bool {
+        self.options.max_rows.is_some_and(|max| self.rows.len() >= max)
+    }
+
+    fn file(&mut self, path: &Path) -> Result<(), TextError> {
+        let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        let Some(format) = Format::of(&name) else {
+            let what = "the name does not end in a known form of text";
+            return Err(TextError::at(path, what, format!("give a file that ends in {READABLE}")));
+        };
+        let (max_bytes, column) = (self.options.max_bytes, self.options.column);
+        self.whole &= format == Format::Text;
+        match format {
+            Format::Text => self.text(path),
+            Format::Parquet => parquet::read(path, column, max_bytes, &mut |layout, row| self.map(path, layout, row)),
+            Format::Json(codec) => {
+                let mut chosen = None;
+                jsonl::read(path, codec, max_bytes, &mut |value| self.json(path, &mut chosen, value))
+            }
+        }
+    }
+
+    fn text(&mut self, path: &Path) -> Result<(), TextError> {
+        let cannot = |e: std::io::Error| {
+            TextError::at(path, format!("cannot be read: {e}"), "check the path and its permissions")
+        };
+        if let Some(column) = self.options.column {
+            let what = format!("a text file has no column `{column}`");
+            return Err(TextError::at(path, what, "leave the column out"));
+        }
+        let size = std::fs::metadata(path).map_err(cannot)?.len();
+        self.count(path, size)?;
+        let text = String::from_utf8(std::fs::read(path).map_err(cannot)?).map_err(|e| {
+            let what = format!("is not UTF-8 from byte {} on", e.utf8_error().valid_up_to());
+            TextError::at(path, what, "convert it to UTF-8")
+        })?;
+        self.rows.push(Row::Text(text));
+        Ok(())
+    }
+
+    fn json(&mut self, path: &Path, chosen: &mut Option<Layout>, value: Value) -> Result<bool, TextError> {
+        let row = match value {
+            Value::Object(map) => {
+                let layout = match chosen.take() {
+                    Some(layout) => layout,
+                    None => {
+                        let columns: Vec<String> = map.keys().cloned().collect();
+                        Layout::choose(&columns, self.options.column, path)?
+                    }
+                };
+                let more = self.map(path, &layout, map);
+                *chosen = Some(layout);
+                return more;
+            }
+            Value::String(text) if self.options.column.is_none() && chosen.as_ref().is_none_or(|l| *l == Layout::Bare) => {
+                *chosen = Some(Layout::Bare);
+                Row::Text(text)
+            }
+            _ => {
+                let what = format!("row {} is neither an object nor, as all rows, a string", self.rows.len() + 1);
+                return Err(TextError::at(path, what, "write one object with named columns a row"));
+            }
+        };
+        self.push(path, &Layout::Bare, row)
+    }
+
+    fn map(&mut self, path: &Path, layout: &Layout, mut map: Map<String, Value>) -> Result<bool, TextError> {
+        let row = layout.row(|name| map.remove(name)).map_err(|e| {
+            let hint = "drop or mend the row, or name another column";
+            TextError::at(path, format!("row {}: {e}", self.rows.len() + 1), hint)
+        })?;
+        self.push(path, layout, row)
+    }
+
+    fn push(&mut self, path: &Path, layout: &Layout, row: Row) -> Result<bool, TextError> {
+        if self.full() {
+            return Ok(false);
+        }
+        self.count(path, row.len() as u64)?;
+        match &self.layout {
+            None => self.layout = Some(layout.clone()),
+            Some(first) if first == layout => {}
+            Some(first) => {
+                let what = format!("its text is {}, but that of earlier files is {}", layout.describe(), first.describe());
+                return Err(TextError::at(path, what, "name one column that all files have"));
+            }
+        }
+        self.rows.push(row);
+        Ok(!self.full())
+    }
+
+    fn count(&mut self, path: &Path, bytes: u64) -> Result<(), TextError> {
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.bytes > self.options.max_bytes {
+            let what = format!("the text so far exceeds the size limit of {} bytes", self.options.max_bytes);
+            return Err(TextError::at(path, what, "raise the limit or read fewer rows"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn corpus(files: &[(&str, &str)], target: &str, options: &ReadOptions<'_>) -> Result<Corpus, TextError> {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        read_corpus(&dir.path().join(target), options)
+    }
+
+    fn texts(corpus: &Corpus) -> Vec<&str> {
+        let text = |row| match row {
+            &Row::Text(ref text) => text.as_str(),
+            Row::Messages(_) => "(messages)",
+        };
+        corpus.rows.iter().map(text).collect()
+    }
+
+    const TEST: ReadOptions<'static> =
+        ReadOptions { split: Split::Test, column: None, max_rows: None, max_bytes: 1 << 20 };
+
+    #[test]
+    fn joins() {
+        let rows = ["", " = T = \n", "", " \n", "a\u{1f}"];
+        assert_eq!(Join::WikiTrain.join(rows), "= T =\n\n\n\na");
+        assert_eq!(Join::All.join(rows), "\n\n = T = \n\n\n\n\n \n\n\na\u{1f}");
+        assert_eq!(Join::Concat.join(rows), " = T = \n \na\u{1f}");
+        assert_eq!(Join::All.join([]), "");
+    }
+
+    #[test]
+    fn whole_text_is_one_row() {
+        let got = corpus(&[("notes.txt", "a\n\n b\r\n")], "notes.txt", &TEST).unwrap();
+        assert_eq!(got.join(got.default_join).unwrap(), "a\n\n b\r\n");
+        assert_eq!(got.describe(), "1 row of whole files from `notes.txt`");
+        let err = corpus(&[("x.csv", "a,b")], "x.csv", &TEST).unwrap_err();
+        assert!(err.hint.contains(".jsonl"), "{err}");
+        let err = corpus(&[("x.txt", "a")], "x.txt", &ReadOptions { column: Some("c"), ..TEST }).unwrap_err();
+        assert!(err.what.contains("no column `c`"), "{err}");
+    }
+
+    #[test]
+    fn json_rows_in_order_and_limits() {
+        let text = "{\"text\":\"a\",\"n\":1}\n{\"n\":2,\"text\":\"b\"}\n{\"text\":\"c\"}\n";
+        let files = [("test.jsonl", text)];
+        let got = corpus(&files, "", &TEST).unwrap();
+        assert_eq!(texts(&got), ["a", "b", "c"]);
+        assert_eq!(got.default_join, Join::All);
+        let got = corpus(&files, "", &ReadOptions { max_rows: Some(2), ..TEST }).unwrap();
+        assert_eq!(texts(&got), ["a", "b"]);
+        let err = corpus(&files, "", &ReadOptions { max_bytes: 60, ..TEST }).unwrap_err();
+        assert!(err.what.contains("limit"), "{err}");
+        let err = corpus(&files, "", &ReadOptions { column: Some("n"), ..TEST }).unwrap_err();
+        assert!(err.what.contains("row 1: column `n` holds a number"), "{err}");
+        let err = corpus(&files, "", &ReadOptions { split: Split::Train, ..TEST }).unwrap_err();
+        assert!(err.what.contains("`test.jsonl`"), "{err}");
+    }
+
+    #[test]
+    fn traces_and_strings_in_arrays() {
+        let text = "[{\"full_prompt\":\"P\",\"generated_text\":[\"xy\"]},{\"full_prompt\":\"Q\",\"generated_text\":\"z\"}]";
+        let got = corpus(&[("t.jsonl", text)], "t.jsonl", &TEST).unwrap();
+        assert_eq!(got.join(got.default_join).unwrap(), "Pxy\n\nQz\n\n");
+        let got = corpus(&[("t.json", "[\"a\",\"b\"]")], "t.json", &TEST).unwrap();
+        assert_eq!(texts(&got), ["a", "b"]);
+        assert!(corpus(&[("t.json", "[\"a\",{\"text\":\"b\"}]")], "t.json", &TEST).is_err());
+        assert!(corpus(&[("t.json", "[1]")], "t.json", &TEST).is_err());
+        assert!(corpus(&[("t.json", "")], "t.json", &TEST).unwrap_err().what.contains("no rows"));
+    }
+
+    #[test]
+    fn conversations_must_be_rendered_before_joining() {
+        let text = "{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}";
+        let mut got = corpus(&[("t.jsonl", text)], "t.jsonl", &TEST).unwrap();
+        assert!(got.join(Join::All).unwrap_err().hint.contains("chat template"));
+        got.render(|m| Ok(format!("<{}>{}", m[0].role, m[0].content))).unwrap();
+        assert_eq!(got.join(Join::All).unwrap(), "<user>hi");
+    }
+}

@@ -1,0 +1,25 @@
+//! Text in and out: corpora, tokenizers, chat templates, windows of tokens, and the random generators that choose them.
+//!
+//! Reading is exact and deterministic: the same files give the same rows, the same token ids and the same windows on
+//! every machine, and each choice that changes a published number (how rows are joined, where windows start, whether a
+//! BOS token is added) can be stated in words by the type that makes it.
+
+pub mod chat;
+pub mod dataset;
+mod error;
+mod jsonl;
+mod parquet;
+pub mod random;
+mod rows;
+mod split;
+mod stream;
+pub mod tokenizer;
+pub mod windows;
+
+pub use chat::{ChatTemplate, Message};
+pub use dataset::{Corpus, Join, ReadOptions, read_corpus};
+pub use error::TextError;
+pub use rows::Row;
+pub use split::{Split, available_splits};
+pub use stream::StreamDecoder;
+pub use tokenizer::Tokenizer;
