@@ -2,10 +2,46 @@
 //!
 //! Weights stay where they are; files are mapped, and headers are checked before anything is believed.
 
+mod arch;
 mod checkpoint;
+mod decoder;
 mod error;
 pub mod gguf;
 pub mod hf;
 
+use std::path::Path;
+
+pub use arch::{ARCHS, ArchSpec, DecoderConfig, When, read_config};
 pub use checkpoint::{Checkpoint, Opened, SideFile};
 pub use error::ImportError;
+use qrmc_ir::Module;
+
+/// An imported model.
+pub struct Imported {
+    /// The graph over the checkpoint's tensors.
+    pub module: Module,
+    /// The checkpoint behind it.
+    pub source: Opened,
+}
+
+/// Opens a checkpoint, recognised by its content: a Hugging Face folder or a GGUF file.
+///
+/// # Errors
+/// If it is neither, or its headers do not hold together.
+pub fn open(path: &Path) -> Result<Opened, ImportError> {
+    let meta = std::fs::metadata(path).map_err(|e| {
+        ImportError::io(path, "open", &e).hint("MODEL is a Hugging Face folder (with config.json) or a GGUF file")
+    })?;
+    if meta.is_dir() { hf::open_folder(path) } else { gguf::open_file(path) }
+}
+
+/// Opens a checkpoint and builds its module.
+///
+/// # Errors
+/// As [`open`]; also if the architecture is unknown or tensors and configuration contradict each other.
+pub fn import(path: &Path) -> Result<Imported, ImportError> {
+    let source = open(path)?;
+    let config = read_config(path, &source.config)?;
+    let module = decoder::build(path, &config, &*source.weights)?;
+    Ok(Imported { module, source })
+}

@@ -119,7 +119,7 @@ fn mse(data: &[f32], range: Range, spec: QuantSpec) -> (QParam, u32) {
 }
 
 /// The code of `x`: `clamp(round(x / scale) + zero)`.
-#[inline]
+#[inline(always)]
 pub fn quantize(x: f32, q: QParam, spec: QuantSpec) -> i32 {
     // A saturating float to int conversion would make NaN a valid-looking code; the callers refuse NaN before.
     let t = (x / q.scale).round_ties_even();
@@ -128,7 +128,7 @@ pub fn quantize(x: f32, q: QParam, spec: QuantSpec) -> i32 {
 }
 
 /// `scale * (code - zero)`.
-#[inline]
+#[inline(always)]
 pub fn dequantize(code: i32, q: QParam) -> f32 {
     q.scale * (code - q.zero) as f32
 }

@@ -100,7 +100,8 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
         }
         Op::CausalMask => one(TensorType::new(Elem::F32, vec![Sym::S.into(), Sym::T.into()])),
         Op::RmsNorm(_) => {
-            if ins[1].shape.rank() != 1 || ins[1].shape.last() != ins[0].shape.last() {
+            let gain = ins[1].shape.last().filter(|_| ins[1].shape.rank() == 1);
+            if gain != ins[0].shape.last() && gain != Some(Dim::Fixed(1)) {
                 return Err(fault(format!("the gain {} is no vector along the last axis of {}", ins[1], ins[0])));
             }
             one(TensorType { elem: arith(ins, &fault)?, shape: ins[0].shape.clone() })

@@ -214,6 +214,11 @@ pub struct Module {
 }
 
 impl Module {
+    /// A module without weights and functions.
+    pub fn new(facts: ModelFacts) -> Self {
+        Module { facts, ..Module::default() }
+    }
+
     /// Declares a weight, or finds the one of this name and type.
     ///
     /// # Errors

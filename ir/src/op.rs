@@ -126,7 +126,7 @@ pub enum Op {
     // Large operations.
     /// `x -> x * sigmoid(x)`
     Silu,
-    /// `x [.., n], gain [n] -> y`: `x / sqrt(mean(x²) + eps) * gain`.
+    /// `x [.., n], gain [n] or [1] -> y`: `x / sqrt(mean(x²) + eps) * gain`.
     RmsNorm(Real),
     /// `x -> y` along the last axis.
     Softmax,

@@ -1,1 +1,11 @@
-//! placeholder
+//! Verified modules become programs for a target, packed artefacts and exports.
+
+pub mod artefact;
+mod lower;
+pub mod materialize;
+mod program;
+mod target;
+
+pub use lower::{lower, lower_func, weight_order};
+pub use program::{Arg, Buffer, Const, Kernel, Program, Size, Step};
+pub use target::{Cpu, Legality, TARGETS, Target};

@@ -1,1 +1,30 @@
-//! placeholder
+//! Quantization methods as rewrites: transform, annotate, round.
+//!
+//! A pass sees execution only through [`qrmc_ir::Engine`] and names no target.
+
+mod annotate;
+mod awq;
+mod calibrate;
+mod check;
+mod clip_search;
+mod edges;
+mod fuse_norm;
+mod manager;
+mod options;
+mod pass;
+mod pipeline;
+mod place;
+mod presets;
+mod registry;
+mod rtn;
+mod unit;
+
+pub use calibrate::{Calibration, LayerRun, NoStore, StepStore};
+pub use check::{Gap, compare_logits, forward, logit_gap, seeded_tokens};
+pub use manager::{Manager, PassReport, PipelineError};
+pub use options::{OptionInfo, OptionValue};
+pub use pass::{LayerLoss, Pass, PassCx, PassError, PassInfo, Preserves, Report, Stage};
+pub use pipeline::{Call, Pipeline, parse_pipeline};
+pub use presets::{PRESETS, Preset, expand_presets};
+pub use registry::{PASSES, PassEntry, build, find};
+pub use unit::{Overlay, Unit};

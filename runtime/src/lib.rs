@@ -1,1 +1,9 @@
-//! placeholder
+//! Runs qrmc programs: CPU kernels, generation, evaluation and data sets.
+
+pub mod cpu;
+pub mod engine;
+pub mod eval;
+pub mod generate;
+pub mod sample;
+pub mod session;
+pub mod text;

@@ -49,7 +49,7 @@ const READ: [(u32, GgmlType); 11] = [
 ];
 
 /// Types of ggml that are not read, with their numbers.
-const NOT_READ: [(u32, &str); 32] = [
+const NOT_READ: [(u32, &str); 31] = [
     (4, "Q4_2"),
     (5, "Q4_3"),
     (9, "Q8_1"),
@@ -81,7 +81,6 @@ const NOT_READ: [(u32, &str); 32] = [
     (39, "MXFP4"),
     (40, "NVFP4"),
     (41, "Q1_0"),
-    (42, "Q2_0"),
 ];
 
 impl GgmlType {
@@ -95,7 +94,9 @@ impl GgmlType {
         }
         let read = READ.map(|(_, ty)| ty.to_string()).join(", ");
         Err(match NOT_READ.iter().find(|(n, _)| *n == id) {
-            Some((_, name)) => format!("is stored as {name} (ggml type {id}), which is not read; read are {read}"),
+            Some((_, name)) => {
+                format!("is stored as {name} (ggml type {id}), which is not read; read are {read}")
+            }
             None => format!("is of ggml type {id}, which is not known; read are {read}"),
         })
     }
@@ -135,7 +136,11 @@ impl GgmlType {
     /// # Panics
     /// If `bytes` is no whole number of blocks: a bug of the caller.
     pub fn dequantize(self, bytes: &[u8], mut put: impl FnMut(&[f32])) {
-        assert!(bytes.len().is_multiple_of(self.block_bytes()), "{} bytes are no blocks of {self}", bytes.len());
+        assert!(
+            bytes.len().is_multiple_of(self.block_bytes()),
+            "{} bytes are no blocks of {self}",
+            bytes.len()
+        );
         let mut out = [0f32; 256];
         let out = &mut out[..self.block_len()];
         for b in bytes.chunks_exact(self.block_bytes()) {
@@ -143,27 +148,33 @@ impl GgmlType {
                 F32 => out[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
                 F16 => out[0] = f16(b, 0),
                 BF16 => out[0] = half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-                Q4_0 => nibbles(&b[2..], |i, q| out[i] = f16(b, 0) * (f32::from(q) - 8.0)),
-                Q4_1 => nibbles(&b[4..], |i, q| out[i] = f16(b, 0) * f32::from(q) + f16(b, 2)),
-                Q5_0 => nibbles(&b[6..], |i, q| {
-                    let q = q | bit(&b[2..6], i) << 4;
-                    out[i] = f16(b, 0) * (f32::from(q) - 16.0);
-                }),
-                Q5_1 => nibbles(&b[8..], |i, q| {
-                    let q = q | bit(&b[4..8], i) << 4;
-                    out[i] = f16(b, 0) * f32::from(q) + f16(b, 2);
-                }),
+                Q4_0 => {
+                    let d = f16(b, 0);
+                    nibbles(&b[2..], |i, q| out[i] = d * (f32::from(q) - 8.0));
+                }
+                Q4_1 => {
+                    let (d, m) = (f16(b, 0), f16(b, 2));
+                    nibbles(&b[4..], |i, q| out[i] = d * f32::from(q) + m);
+                }
+                Q5_0 => {
+                    let d = f16(b, 0);
+                    nibbles(&b[6..], |i, q| out[i] = d * (f32::from(q | (bit(&b[2..6], i) << 4)) - 16.0));
+                }
+                Q5_1 => {
+                    let (d, m) = (f16(b, 0), f16(b, 2));
+                    nibbles(&b[8..], |i, q| out[i] = d * f32::from(q | (bit(&b[4..8], i) << 4)) + m);
+                }
                 Q8_0 => {
                     let d = f16(b, 0);
                     out.iter_mut().zip(&b[2..]).for_each(|(y, &q)| *y = d * f32::from(q as i8));
                 }
                 Q4_K => k_groups(b, |j, d, m, i| {
-                    let q = b[16 + 32 * (j / 2) + i] >> (4 * (j % 2)) & 15;
+                    let q = (b[16 + 32 * (j / 2) + i] >> (4 * (j % 2))) & 15;
                     out[32 * j + i] = d * f32::from(q) - m;
                 }),
                 Q5_K => k_groups(b, |j, d, m, i| {
-                    let low = b[48 + 32 * (j / 2) + i] >> (4 * (j % 2)) & 15;
-                    let q = low | (b[16 + i] >> j & 1) << 4;
+                    let low = (b[48 + 32 * (j / 2) + i] >> (4 * (j % 2))) & 15;
+                    let q = low | (((b[16 + i] >> j) & 1) << 4);
                     out[32 * j + i] = d * f32::from(q) - m;
                 }),
                 Q6_K => q6_k(b, out),
@@ -184,7 +195,7 @@ fn f16(b: &[u8], at: usize) -> f32 {
 }
 
 fn bit(bytes: &[u8], i: usize) -> u8 {
-    bytes[i / 8] >> (i % 8) & 1
+    (bytes[i / 8] >> (i % 8)) & 1
 }
 
 /// The 32 codes of a 4-bit block: low halves of 16 bytes, then their high halves.
@@ -202,7 +213,7 @@ fn k_groups(b: &[u8], mut put: impl FnMut(usize, f32, f32, usize)) {
         // The first four pairs are plain 6-bit numbers; their two spare bits are the tops of the last four.
         let (scale, min) = match j {
             0..4 => (s[j] & 63, s[j + 4] & 63),
-            _ => (s[j + 4] & 15 | s[j - 4] >> 6 << 4, s[j + 4] >> 4 | s[j] >> 6 << 4),
+            _ => ((s[j + 4] & 15) | ((s[j - 4] >> 6) << 4), (s[j + 4] >> 4) | ((s[j] >> 6) << 4)),
         };
         let (d, m) = (d * f32::from(scale), dmin * f32::from(min));
         (0..32).for_each(|i| put(j, d, m, i));
@@ -214,10 +225,10 @@ fn q6_k(b: &[u8], out: &mut [f32]) {
     for (i, y) in out.iter_mut().enumerate() {
         // Halves of 128: four runs of 32 share 64 low bytes and 32 bytes with two top bits a run.
         let (half, run, l) = (i / 128, i / 32 % 4, i % 32);
-        let low = b[64 * half + 32 * (run % 2) + l] >> (4 * (run / 2)) & 15;
-        let top = b[128 + 32 * half + l] >> (2 * run) & 3;
+        let low = (b[64 * half + 32 * (run % 2) + l] >> (4 * (run / 2))) & 15;
+        let top = (b[128 + 32 * half + l] >> (2 * run)) & 3;
         let scale = b[192 + i / 16] as i8;
-        *y = d * f32::from(scale) * (f32::from(low | top << 4) - 32.0);
+        *y = d * f32::from(scale) * (f32::from(low | (top << 4)) - 32.0);
     }
 }
 

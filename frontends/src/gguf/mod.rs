@@ -37,7 +37,8 @@ pub fn open_file(path: &Path) -> Result<Opened, ImportError> {
     let mut files = vec![json_file("config.json", &config)];
     files.push(json_file("generation_config.json", &tokenizer::generation_config(&special)));
     if let Some((tokenizer, settings)) = tokenizer::tokenizer_files(&file, &model, &special)? {
-        files.push(json_file("tokenizer.json", &tokenizer));
+        // Not indented: it has a line for every token and merge.
+        files.push(SideFile { name: "tokenizer.json".to_owned(), bytes: tokenizer.to_string().into_bytes() });
         files.push(json_file("tokenizer_config.json", &settings));
     }
     let weights = Box::new(GgufCheckpoint::new(file, &model)?);

@@ -120,7 +120,6 @@ impl GgufFile {
         }
         let data = cur.pos.next_multiple_of(align);
         let tensors = place(&cur, infos, data, align)?;
-        drop(cur);
         Ok(GgufFile { path: path.to_owned(), map, version, meta, tensors })
     }
 
@@ -148,122 +147,6 @@ impl GgufFile {
     pub fn meta(&self, key: &str) -> Option<&Meta> {
         self.meta.get(key)
     }
-
-    /// An error about this file.
-    pub(super) fn fail(&self, what: impl Into<String>) -> ImportError {
-        ImportError::new(&self.path, what)
-    }
-
-    fn wrong(&self, key: &str, seen: &Meta, wanted: &str) -> ImportError {
-        self.fail(format!("metadata `{key}` is {seen}; {wanted} is wanted"))
-    }
-
-    /// A non-negative integer of any width.
-    ///
-    /// # Errors
-    /// If the key is there with another kind of value.
-    pub fn uint(&self, key: &str) -> Result<Option<u64>, ImportError> {
-        match self.meta(key) {
-            None => Ok(None),
-            Some(&Meta::Uint(v)) => Ok(Some(v)),
-            Some(&Meta::Int(v)) if v >= 0 => Ok(Some(v as u64)),
-            Some(other) => Err(self.wrong(key, other, "a non-negative integer")),
-        }
-    }
-
-    /// A finite float, as the shortest decimal that rounds to what is stored.
-    ///
-    /// # Errors
-    /// If the key is there with another kind of value.
-    pub fn float(&self, key: &str) -> Result<Option<f64>, ImportError> {
-        match self.meta(key) {
-            None => Ok(None),
-            Some(&Meta::F32(v)) if v.is_finite() => Ok(Some(shortest(v))),
-            Some(&Meta::F64(v)) if v.is_finite() => Ok(Some(v)),
-            Some(other) => Err(self.wrong(key, other, "a finite float")),
-        }
-    }
-
-    /// True or false.
-    ///
-    /// # Errors
-    /// If the key is there with another kind of value.
-    pub fn bool(&self, key: &str) -> Result<Option<bool>, ImportError> {
-        match self.meta(key) {
-            None => Ok(None),
-            Some(&Meta::Bool(v)) => Ok(Some(v)),
-            Some(other) => Err(self.wrong(key, other, "a boolean")),
-        }
-    }
-
-    /// Text.
-    ///
-    /// # Errors
-    /// If the key is there with another kind of value.
-    pub fn str(&self, key: &str) -> Result<Option<&str>, ImportError> {
-        match self.meta(key) {
-            None => Ok(None),
-            Some(Meta::Str(v)) => Ok(Some(v)),
-            Some(other) => Err(self.wrong(key, other, "a string")),
-        }
-    }
-
-    /// A list of strings.
-    ///
-    /// # Errors
-    /// If the key is there with another kind of value, or a string is not UTF-8.
-    pub fn strings(&self, key: &str) -> Result<Option<Vec<&str>>, ImportError> {
-        self.list(key, "a list of strings", |kind| kind == 8, |cur, _| cur.string(&format!("a string of `{key}`")))
-    }
-
-    /// A list of integers of any width.
-    ///
-    /// # Errors
-    /// If the key is there with another kind of value.
-    pub fn ints(&self, key: &str) -> Result<Option<Vec<i64>>, ImportError> {
-        self.list(key, "a list of integers", |kind| matches!(kind, 0..=5 | 10 | 11), |cur, kind| {
-            Ok(match cur.value(kind, key, 0)? {
-                Meta::Uint(v) => i64::try_from(v).unwrap_or(i64::MAX),
-                Meta::Int(v) => v,
-                _ => 0,
-            })
-        })
-    }
-
-    /// A list of floats, narrowed to `f32`.
-    ///
-    /// # Errors
-    /// If the key is there with another kind of value.
-    pub fn floats(&self, key: &str) -> Result<Option<Vec<f32>>, ImportError> {
-        self.list(key, "a list of floats", |kind| matches!(kind, 6 | 12), |cur, kind| {
-            Ok(match cur.value(kind, key, 0)? {
-                Meta::F32(v) => v,
-                Meta::F64(v) => v as f32,
-                _ => 0.0,
-            })
-        })
-    }
-
-    fn list<'a, T>(
-        &'a self,
-        key: &str,
-        wanted: &str,
-        fits: impl Fn(u32) -> bool,
-        read: impl Fn(&mut Cursor<'a>, u32) -> Result<T, ImportError>,
-    ) -> Result<Option<Vec<T>>, ImportError> {
-        let array = match self.meta(key) {
-            None => return Ok(None),
-            Some(Meta::Array(a)) if fits(a.kind) => a,
-            Some(other) => return Err(self.wrong(key, other, wanted)),
-        };
-        let mut cur = Cursor { path: &self.path, bytes: &self.map[..array.at.end], pos: array.at.start };
-        (0..array.len).map(|_| read(&mut cur, array.kind)).collect::<Result<_, _>>().map(Some)
-    }
-}
-
-/// The double that prints as `x` does: `1e-5` rather than `9.999999747378752e-6`.
-fn shortest(x: f32) -> f64 {
-    x.to_string().parse().unwrap_or(f64::from(x))
 }
 
 fn kind_name(kind: u32) -> &'static str {
@@ -281,11 +164,12 @@ fn check_version(cur: &mut Cursor<'_>) -> Result<u32, ImportError> {
     let version = cur.u32("the version")?;
     match version {
         2 | 3 => Ok(version),
-        1 => Err(cur.fail("this is GGUF version 1; versions 2 and 3 are read").hint(
-            "convert the model again with a current llama.cpp",
-        )),
+        1 => Err(cur
+            .fail("this is GGUF version 1; versions 2 and 3 are read")
+            .hint("convert the model again with a current llama.cpp")),
         v if v != 0 && v.swap_bytes() <= 0xffff => {
-            let what = format!("this is a big-endian GGUF (version {}); only little-endian is read", v.swap_bytes());
+            let what =
+                format!("this is a big-endian GGUF (version {}); only little-endian is read", v.swap_bytes());
             Err(cur.fail(what).hint("convert it with gguf-convert-endian"))
         }
         v => Err(cur.fail(format!("this is GGUF version {v}; versions 2 and 3 are read"))),
@@ -318,10 +202,13 @@ fn tensor_info(cur: &mut Cursor<'_>, i: u64) -> Result<Info, ImportError> {
     let offset = cur.u64(&what)?;
     let (block, size) = (ty.block_len(), ty.block_bytes());
     if !shape[0].is_multiple_of(block) || shape.contains(&0) {
-        let what = format!("tensor `{name}` has sizes {shape:?} (innermost first), no whole blocks of {block} for {ty}");
+        let what = format!(
+            "tensor `{name}` has sizes {shape:?} (innermost first), no whole blocks of {block} for {ty}"
+        );
         return Err(cur.fail(what));
     }
-    let bytes = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).and_then(|n| (n / block).checked_mul(size));
+    let bytes =
+        shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).and_then(|n| (n / block).checked_mul(size));
     let bytes = bytes.ok_or_else(|| {
         cur.fail(format!("tensor `{name}` of sizes {shape:?} has more elements than an address can count"))
     })?;
@@ -330,12 +217,19 @@ fn tensor_info(cur: &mut Cursor<'_>, i: u64) -> Result<Info, ImportError> {
 }
 
 /// Gives every tensor its place in the file, if it has one of its own.
-fn place(cur: &Cursor<'_>, infos: Vec<Info>, data: usize, align: usize) -> Result<Vec<GgufTensor>, ImportError> {
+fn place(
+    cur: &Cursor<'_>,
+    infos: Vec<Info>,
+    data: usize,
+    align: usize,
+) -> Result<Vec<GgufTensor>, ImportError> {
     let size = cur.bytes.len();
     let mut tensors = Vec::with_capacity(infos.len());
     for Info { name, shape, ty, offset, bytes } in infos {
         if !offset.is_multiple_of(align as u64) {
-            return Err(cur.fail(format!("tensor `{name}` starts at data byte {offset}, no multiple of {align}")));
+            return Err(
+                cur.fail(format!("tensor `{name}` starts at data byte {offset}, no multiple of {align}"))
+            );
         }
         let start = usize::try_from(offset).ok().and_then(|o| data.checked_add(o));
         let at = start.and_then(|s| Some(s..s.checked_add(bytes)?)).filter(|r| r.end <= size);
@@ -367,6 +261,7 @@ fn place(cur: &Cursor<'_>, infos: Vec<Info>, data: usize, align: usize) -> Resul
 }
 
 mod cursor;
+mod values;
 use cursor::Cursor;
 
 #[cfg(test)]

@@ -66,7 +66,10 @@ impl<'de> Deserialize<'de> for Pairs {
 pub(super) fn read_small(path: &Path) -> Result<Vec<u8>, ImportError> {
     let size = fs::metadata(path).map_err(|e| ImportError::io(path, "read its size", &e))?.len();
     if size > MAX_SMALL {
-        return Err(ImportError::new(path, format!("the file has {size} bytes, more than the {MAX_SMALL} allowed")));
+        return Err(ImportError::new(
+            path,
+            format!("the file has {size} bytes, more than the {MAX_SMALL} allowed"),
+        ));
     }
     fs::read(path).map_err(|e| ImportError::io(path, "read it", &e))
 }
@@ -107,10 +110,13 @@ fn read_config(folder: &Path) -> Result<Value, ImportError> {
             None => error.hint("name the folder that holds the model's config.json and *.safetensors files"),
         });
     }
-    let config: Value = serde_json::from_slice(&read_small(&path)?)
-        .map_err(|e| ImportError::new(&path, format!("this is not JSON: {e}")).hint("download the file again"))?;
+    let config: Value = serde_json::from_slice(&read_small(&path)?).map_err(|e| {
+        ImportError::new(&path, format!("this is not JSON: {e}")).hint("download the file again")
+    })?;
     if !config.is_object() {
-        return Err(ImportError::new(&path, "this is JSON, but not an object").hint("download the file again"));
+        return Err(
+            ImportError::new(&path, "this is JSON, but not an object").hint("download the file again")
+        );
     }
     Ok(config)
 }
@@ -118,10 +124,11 @@ fn read_config(folder: &Path) -> Result<Value, ImportError> {
 fn no_weights(folder: &Path) -> ImportError {
     let names = names(folder);
     if let Some(bin) = names.iter().find(|n| n.starts_with("pytorch_model") && n.ends_with(".bin")) {
-        return ImportError::new(folder, format!("the weights are in `{bin}`, a pickle, which is not read")).hint(
-            "convert them: in Python, `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)` \
+        return ImportError::new(folder, format!("the weights are in `{bin}`, a pickle, which is not read"))
+            .hint(
+                "convert them: in Python, `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)` \
              writes model.safetensors",
-        );
+            );
     }
     let error =
         ImportError::new(folder, "there is neither model.safetensors nor model.safetensors.index.json here");
@@ -196,6 +203,9 @@ mod tests {
         fs::remove_file(dir.path().join("other.safetensors")).unwrap();
         fs::write(dir.path().join("pytorch_model-00001-of-00002.bin"), "x").unwrap();
         let error = refused(dir.path());
-        assert!(error.what.contains("pytorch_model-00001-of-00002.bin") && error.hint.unwrap().contains("save_pretrained"));
+        assert!(
+            error.what.contains("pytorch_model-00001-of-00002.bin")
+                && error.hint.unwrap().contains("save_pretrained")
+        );
     }
 }

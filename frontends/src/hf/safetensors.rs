@@ -65,8 +65,9 @@ impl SafetensorsFile {
         let map = map_file(path, 8)?;
         let entries = check_header(path, &map)?;
         // What this crate lets through, the format's own library must accept as well.
-        safetensors::SafeTensors::read_metadata(&map)
-            .map_err(|e| ImportError::new(path, format!("the safetensors library refuses the header: {e}")))?;
+        safetensors::SafeTensors::read_metadata(&map).map_err(|e| {
+            ImportError::new(path, format!("the safetensors library refuses the header: {e}"))
+        })?;
         Ok(SafetensorsFile { path: path.to_owned(), map, entries })
     }
 
@@ -99,16 +100,19 @@ fn check_header(path: &Path, map: &[u8]) -> Result<Vec<Entry>, ImportError> {
     let size = map.len() as u64;
     let len = map.first_chunk().map(|b| u64::from_le_bytes(*b)).unwrap_or(u64::MAX);
     if len > MAX_HEADER {
-        return Err(fail(format!("the header claims {len} bytes, more than the {MAX_HEADER} that are allowed"))
-            .hint("this is no safetensors file, or it is damaged: download it again"));
+        return Err(fail(format!(
+            "the header claims {len} bytes, more than the {MAX_HEADER} that are allowed"
+        ))
+        .hint("this is no safetensors file, or it is damaged: download it again"));
     }
     if len > size.saturating_sub(8) {
         let what = format!("the header claims {len} bytes, but the file ends after {size}");
         return Err(fail(what).hint(FETCH_AGAIN));
     }
     let start = 8 + len as usize;
-    let text = std::str::from_utf8(&map[8..start])
-        .map_err(|e| fail(format!("the header is not UTF-8 at its byte {}", e.valid_up_to())).hint(FETCH_AGAIN))?;
+    let text = std::str::from_utf8(&map[8..start]).map_err(|e| {
+        fail(format!("the header is not UTF-8 at its byte {}", e.valid_up_to())).hint(FETCH_AGAIN)
+    })?;
     if !text.trim_start().starts_with('{') {
         return Err(fail("the header is not a JSON object".into()).hint(FETCH_AGAIN));
     }
@@ -127,7 +131,10 @@ fn check_header(path: &Path, map: &[u8]) -> Result<Vec<Entry>, ImportError> {
     for e in &entries {
         let (from, data) = (e.bytes.start - start, end - start);
         if e.bytes.start < end {
-            let what = format!("tensor `{}` starts at data byte {from}, inside `{last}`, which ends at {data}", e.name);
+            let what = format!(
+                "tensor `{}` starts at data byte {from}, inside `{last}`, which ends at {data}",
+                e.name
+            );
             return Err(fail(what).hint(FETCH_AGAIN));
         }
         if e.bytes.start > end {
@@ -144,7 +151,13 @@ fn check_header(path: &Path, map: &[u8]) -> Result<Vec<Entry>, ImportError> {
 }
 
 /// Checks one entry of the header; `start` and `size` are where tensor data starts and ends in the file.
-fn check_entry(path: &Path, name: String, info: &Value, start: usize, size: usize) -> Result<Entry, ImportError> {
+fn check_entry(
+    path: &Path,
+    name: String,
+    info: &Value,
+    start: usize,
+    size: usize,
+) -> Result<Entry, ImportError> {
     let fail = |what: String| ImportError::new(path, format!("tensor `{name}`: {what}"));
     let numbers = |key: &str| -> Option<Vec<usize>> {
         let list = info.get(key)?.as_array()?;
@@ -161,17 +174,21 @@ fn check_entry(path: &Path, name: String, info: &Value, start: usize, size: usiz
         _ => return Err(fail("its `data_offsets` are not two byte offsets".into())),
     };
     if from > to {
-        return Err(fail(format!("its data starts at byte {from} and ends before that, at {to}")).hint(FETCH_AGAIN));
+        return Err(
+            fail(format!("its data starts at byte {from} and ends before that, at {to}")).hint(FETCH_AGAIN)
+        );
     }
     let need = shape.iter().try_fold(elem.bits() / 8, |n, &d| n.checked_mul(d)).ok_or_else(|| {
         fail(format!("its shape {shape:?} has more elements than an address can count")).hint(FETCH_AGAIN)
     })?;
     if to - from != need {
-        let what = format!("its shape {shape:?} of {dtype} needs {need} bytes, the header gives it {}", to - from);
+        let what =
+            format!("its shape {shape:?} of {dtype} needs {need} bytes, the header gives it {}", to - from);
         return Err(fail(what).hint(FETCH_AGAIN));
     }
     if to > size - start {
-        let what = format!("the file ends after {size} bytes but this tensor needs {}", start.saturating_add(to));
+        let what =
+            format!("the file ends after {size} bytes but this tensor needs {}", start.saturating_add(to));
         return Err(fail(what).hint("download this file again: it is cut short"));
     }
     let ty = TensorType::new(elem, shape.as_slice());
@@ -209,7 +226,8 @@ impl SafetensorsFolder {
     fn open_index(folder: &Path, index: &Path) -> Result<Self, ImportError> {
         let fail = |what: String| ImportError::new(index, what);
         let bytes = read_small(index)?;
-        let top: Value = serde_json::from_slice(&bytes).map_err(|e| fail(format!("this is not JSON: {e}")))?;
+        let top: Value =
+            serde_json::from_slice(&bytes).map_err(|e| fail(format!("this is not JSON: {e}")))?;
         if !top.is_object() {
             return Err(fail("the index is not a JSON object".into()));
         }
@@ -228,7 +246,9 @@ impl SafetensorsFolder {
         for (name, shard) in map.0 {
             let shard = match shard.as_str() {
                 Some(s) if !s.is_empty() && Path::new(s).file_name().is_some_and(|f| f == s) => s.to_owned(),
-                Some(s) => return Err(fail(format!("tensor `{name}`: shard `{s}` is not a plain file name"))),
+                Some(s) => {
+                    return Err(fail(format!("tensor `{name}`: shard `{s}` is not a plain file name")));
+                }
                 None => return Err(fail(format!("tensor `{name}`: the shard is not a string"))),
             };
             wanted.insert(name, shard);
@@ -241,7 +261,8 @@ impl SafetensorsFolder {
         for (i, shard) in shards.into_iter().enumerate() {
             let path = folder.join(shard);
             if !path.exists() {
-                let what = format!("the index names shard `{shard}` ({} of {total}), which is not there", i + 1);
+                let what =
+                    format!("the index names shard `{shard}` ({} of {total}), which is not there", i + 1);
                 return Err(fail(what).hint("download the missing shard into the folder"));
             }
             files.push(SafetensorsFile::open(&path)?);
@@ -251,8 +272,10 @@ impl SafetensorsFolder {
             files.iter().flat_map(|f| f.entries.iter().map(move |e| (of(f), e.name.as_str()))).collect();
         for (name, shard) in &wanted {
             if !held.contains(&(Some(shard.clone()), name.as_str())) {
-                return Err(fail(format!("the index puts tensor `{name}` into `{shard}`, which does not hold it"))
-                    .hint("the index and the shards are of different checkpoints: download both again"));
+                return Err(fail(format!(
+                    "the index puts tensor `{name}` into `{shard}`, which does not hold it"
+                ))
+                .hint("the index and the shards are of different checkpoints: download both again"));
             }
         }
         Ok(Self::collect(files, |file, name| {

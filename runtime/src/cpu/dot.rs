@@ -2,7 +2,11 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::dot_avx512;
-use super::simd::{Isa, Kernel, Lanes, Level, bf16_to_f32, f16_to_f32};
+#[cfg(target_arch = "x86_64")]
+use super::simd::Level;
+use super::simd::{Isa, Kernel, Lanes, bf16_to_f32, f16_to_f32};
+#[cfg(target_arch = "x86_64")]
+use super::tile_avx512;
 use super::weight::{PackedRow, Row};
 
 /// How `x` must lie for a row of weights.
@@ -18,15 +22,24 @@ pub(crate) enum Layout {
 }
 
 /// How `x` must lie for these rows of `k` elements.
-pub(crate) fn layout(row: &Row<'_>, k: usize) -> Layout {
+pub(crate) fn layout(isa: Isa, row: &Row<'_>, k: usize) -> Layout {
+    #[cfg(target_arch = "x86_64")]
+    let every_width = isa.level() == Level::Avx512;
+    #[cfg(not(target_arch = "x86_64"))]
+    let every_width = false;
     match row {
-        Row::Packed(p) => match p.bits {
-            4 if p.group.is_multiple_of(32) || p.group == k => Layout::SplitPairs,
-            8 if p.group.is_multiple_of(16) || p.group == k => Layout::Natural,
+        Row::Packed(p) if by_pairs(p, k) => Layout::SplitPairs,
+        Row::Packed(p) => match p.group.is_multiple_of(16) || p.group == k {
+            true if p.bits == 8 || every_width => Layout::Natural,
             _ => Layout::Unfused,
         },
         _ => Layout::Natural,
     }
+}
+
+/// Whether there is a kernel for these codes of four bits.
+pub(crate) fn by_pairs(p: &PackedRow<'_>, k: usize) -> bool {
+    p.bits == 4 && (p.group.is_multiple_of(32) || p.group == k)
 }
 
 /// Reorders rows of `k` elements for [`Layout::SplitPairs`].
@@ -43,51 +56,123 @@ pub(crate) fn split_pairs(x: &[f32], k: usize, out: &mut [f32]) {
     }
 }
 
-/// The products of one row with `M` rows of `x`, all of the same length, `x` in the row's [`Layout`].
-/// The result for a row of `x` does not depend on `M`.
-#[inline]
-pub(crate) fn dot<const M: usize>(isa: Isa, row: Row<'_>, x: [&[f32]; M]) -> [f32; M] {
+/// The products of stored rows with the rows of `x`, up to four of these at once: product `(j, i)` of stored row
+/// `j < count` and row `i` of `x` becomes `outs[i][at + j]`. `x` lies in the rows' [`Layout`]. A product does not
+/// depend on how many rows there are.
+pub(crate) fn dot_rows<'w, 'x>(
+    isa: Isa,
+    count: usize,
+    row: impl Fn(usize) -> Row<'w> + Copy,
+    x: impl Fn(usize) -> &'x [f32],
+    outs: &mut [&mut [f32]],
+    at: usize,
+) {
+    let mut i = 0;
+    while i < outs.len() {
+        i += match &mut outs[i..] {
+            [a, b, c, d, ..] => {
+                let outs = [a, b, c, d].map(|o| &mut o[at..at + count]);
+                few(isa, count, row, [x(i), x(i + 1), x(i + 2), x(i + 3)], outs);
+                4
+            }
+            [a, b, ..] => {
+                few(isa, count, row, [x(i), x(i + 1)], [a, b].map(|o| &mut o[at..at + count]));
+                2
+            }
+            [a] => {
+                few(isa, count, row, [x(i)], [&mut a[at..at + count]]);
+                1
+            }
+            [] => break,
+        }
+    }
+}
+
+fn few<'w, const M: usize>(
+    isa: Isa,
+    count: usize,
+    row: impl Fn(usize) -> Row<'w>,
+    x: [&[f32]; M],
+    mut outs: [&mut [f32]; M],
+) {
+    let put = |j: usize, y: [f32; M]| {
+        for (out, y) in outs.iter_mut().zip(y) {
+            out[j] = y;
+        }
+    };
     match isa.level() {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => dot_avx512::dot(isa, row, x),
-        _ => isa.run(Dot { row, x }),
+        Level::Avx512 => dot_avx512::dots(isa, count, row, x, put),
+        _ => isa.run(Dots { count, row, x, put }),
     }
 }
 
-struct Dot<'a, const M: usize> {
-    row: Row<'a>,
-    x: [&'a [f32]; M],
+struct Dots<'x, R, P, const M: usize> {
+    count: usize,
+    row: R,
+    x: [&'x [f32]; M],
+    put: P,
 }
 
-impl<const M: usize> Kernel for Dot<'_, M> {
-    type Output = [f32; M];
+impl<'w, R: Fn(usize) -> Row<'w>, P: FnMut(usize, [f32; M]), const M: usize> Kernel for Dots<'_, R, P, M> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(self) -> [f32; M] {
-        let mut acc = [[0f32; 16]; M];
-        let k = self.x[0].len();
-        let x = self.x.map(|x| &x[..k]);
-        match self.row {
-            Row::F32(w) => {
-                let (blocks, _) = w.as_chunks::<16>();
-                for (b, w) in blocks.iter().enumerate() {
-                    step::<L, M>(&mut acc, w, x, 16 * b);
-                }
-                tail::<L, M>(&mut acc, x, k / 16 * 16, k, |i| w[i]);
-            }
-            Row::F16(w) => {
-                let (halves, _) = w.as_chunks::<2>();
-                sixteen::<L, M>(&mut acc, x, halves, f16_to_f32);
-            }
-            Row::BF16(w) => {
-                let (halves, _) = w.as_chunks::<2>();
-                sixteen::<L, M>(&mut acc, x, halves, bf16_to_f32);
-            }
-            Row::Packed(p) if p.bits == 8 => packed8::<L, M>(&mut acc, x, p),
-            Row::Packed(p) => packed4::<L, M>(&mut acc, x, p),
+    fn run<L: Lanes>(mut self) {
+        for j in 0..self.count {
+            (self.put)(j, one::<L, M>((self.row)(j), self.x));
         }
-        acc.map(fold)
     }
+}
+
+#[inline(always)]
+fn one<L: Lanes, const M: usize>(row: Row<'_>, x: [&[f32]; M]) -> [f32; M] {
+    let mut acc = [[0f32; 16]; M];
+    let k = x[0].len();
+    let x = x.map(|x| &x[..k]);
+    match row {
+        Row::F32(w) => {
+            let (blocks, _) = w.as_chunks::<16>();
+            for (b, w) in blocks.iter().enumerate() {
+                step::<L, M>(&mut acc, w, x, 16 * b);
+            }
+            tail::<L, M>(&mut acc, x, k / 16 * 16, k, |i| w[i]);
+        }
+        Row::F16(w) => {
+            let (halves, _) = w.as_chunks::<2>();
+            sixteen::<L, M>(&mut acc, x, halves, f16_to_f32);
+        }
+        Row::BF16(w) => {
+            let (halves, _) = w.as_chunks::<2>();
+            sixteen::<L, M>(&mut acc, x, halves, bf16_to_f32);
+        }
+        Row::Packed(p) if p.bits == 8 => packed8::<L, M>(&mut acc, x, p),
+        Row::Packed(p) => packed4::<L, M>(&mut acc, x, p),
+    }
+    acc.map(fold)
+}
+
+/// [`dot_rows`] for rows of floats and many rows of `x`: four stored rows at a time where that pays.
+pub(crate) fn dot_floats<'w, 'x>(
+    isa: Isa,
+    count: usize,
+    row: impl Fn(usize) -> &'w [f32] + Copy,
+    x: impl Fn(usize) -> &'x [f32] + Copy,
+    outs: &mut [&mut [f32]],
+    at: usize,
+) {
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if isa.level() == Level::Avx512 {
+        while count - done >= 4 {
+            let w = [row(done), row(done + 1), row(done + 2), row(done + 3)];
+            for (i, outs) in outs.chunks_mut(4).enumerate() {
+                tile_avx512::tile(isa, w, |r| x(4 * i + r), outs, at + done);
+            }
+            done += 4;
+        }
+    }
+    dot_rows(isa, count - done, |j| Row::F32(row(done + j)), x, outs, at + done);
 }
 
 /// Sixteen products added to sixteen lanes.
@@ -127,8 +212,11 @@ fn sixteen<L: Lanes, const M: usize>(
 ) {
     let (blocks, _) = halves.as_chunks::<16>();
     for (b, w) in blocks.iter().enumerate() {
-        let w = w.map(|h| widen(u16::from_le_bytes(h)));
-        step::<L, M>(acc, &w, x, 16 * b);
+        let mut wide = [0f32; 16];
+        for l in 0..16 {
+            wide[l] = widen(u16::from_le_bytes(w[l]));
+        }
+        step::<L, M>(acc, &wide, x, 16 * b);
     }
     let k = halves.len();
     tail::<L, M>(acc, x, k / 16 * 16, k, |i| widen(u16::from_le_bytes(halves[i])));
@@ -140,7 +228,10 @@ fn packed8<L: Lanes, const M: usize>(acc: &mut [[f32; 16]; M], x: [&[f32]; M], p
         let ((scale, zero), base) = (p.params(g), g * p.group);
         let (blocks, _) = codes.as_chunks::<16>();
         for (b, codes) in blocks.iter().enumerate() {
-            let w = codes.map(|c| scale * (f32::from(c) - zero));
+            let mut w = [0f32; 16];
+            for l in 0..16 {
+                w[l] = scale * (f32::from(codes[l]) - zero);
+            }
             step::<L, M>(acc, &w, x, base + 16 * b);
         }
         let whole = codes.len() / 16 * 16;
@@ -158,9 +249,12 @@ fn packed4<L: Lanes, const M: usize>(acc: &mut [[f32; 16]; M], x: [&[f32]; M], p
         let (blocks, _) = codes.as_chunks::<16>();
         let whole = (p.group / 32).min(blocks.len());
         for (b, codes) in blocks[..whole].iter().enumerate() {
-            let low = codes.map(|c| scale * (f32::from(c & 15) - zero));
+            let (mut low, mut high) = ([0f32; 16], [0f32; 16]);
+            for l in 0..16 {
+                low[l] = scale * (f32::from(codes[l] & 15) - zero);
+                high[l] = scale * (f32::from(codes[l] >> 4) - zero);
+            }
             step::<L, M>(acc, &low, x, base + 32 * b);
-            let high = codes.map(|c| scale * (f32::from(c >> 4) - zero));
             step::<L, M>(acc, &high, x, base + 32 * b + 16);
         }
         tail::<L, M>(acc, x, base + 32 * whole, (base + p.group).min(k), |i| {

@@ -55,15 +55,15 @@ pub fn unary(pool: &Pool, isa: Isa, op: UnaryOp, x: &[f32], out: &mut [f32]) {
     pool.for_chunks(out, CHUNK, |i, out| {
         let x = &x[i * CHUNK..][..out.len()];
         match op {
-            UnaryOp::Neg => isa.run(Map(x, out, |x| -x)),
-            UnaryOp::Abs => isa.run(Map(x, out, f32::abs)),
-            UnaryOp::Exp => isa.run(Map(x, out, |x| simd::exp(x))),
-            UnaryOp::Log => isa.run(Map(x, out, f32::ln)),
-            UnaryOp::Sqrt => isa.run(Map(x, out, f32::sqrt)),
-            UnaryOp::Rsqrt => isa.run(Map(x, out, |x| 1.0 / x.sqrt())),
-            UnaryOp::Recip => isa.run(Map(x, out, |x| 1.0 / x)),
-            UnaryOp::Sigmoid => isa.run(Map(x, out, |x| simd::sigmoid(x))),
-            UnaryOp::Silu => isa.run(Map(x, out, |x| simd::silu(x))),
+            UnaryOp::Neg => isa.run(Map(x, out, Neg)),
+            UnaryOp::Abs => isa.run(Map(x, out, Abs)),
+            UnaryOp::Exp => isa.run(Map(x, out, Exp)),
+            UnaryOp::Log => isa.run(Map(x, out, Log)),
+            UnaryOp::Sqrt => isa.run(Map(x, out, Sqrt)),
+            UnaryOp::Rsqrt => isa.run(Map(x, out, Rsqrt)),
+            UnaryOp::Recip => isa.run(Map(x, out, Recip)),
+            UnaryOp::Sigmoid => isa.run(Map(x, out, Sigmoid)),
+            UnaryOp::Silu => isa.run(Map(x, out, Silu)),
         }
     });
 }
@@ -76,7 +76,7 @@ pub fn silu_mul(pool: &Pool, isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]
     assert!(gate.len() == out.len() && up.len() == out.len(), "inputs and output");
     pool.for_chunks(out, CHUNK, |i, out| {
         let (gate, up) = (&gate[i * CHUNK..][..out.len()], &up[i * CHUNK..][..out.len()]);
-        isa.run(Zip(Side::Many(gate), Side::Many(up), out, |g, u| simd::silu(g) * u));
+        isa.run(Zip(Side::Many(gate), Side::Many(up), out, SiluMul));
     });
 }
 
@@ -102,12 +102,12 @@ pub fn binary(
             let n = out.len();
             let (a, b) = (Side::new(a, at_a, plan.inner.1, n), Side::new(b, at_b, plan.inner.2, n));
             match op {
-                BinaryOp::Add => isa.run(Zip(a, b, out, |a, b| a + b)),
-                BinaryOp::Sub => isa.run(Zip(a, b, out, |a, b| a - b)),
-                BinaryOp::Mul => isa.run(Zip(a, b, out, |a, b| a * b)),
-                BinaryOp::Div => isa.run(Zip(a, b, out, |a, b| a / b)),
-                BinaryOp::Min => isa.run(Zip(a, b, out, |a, b| simd::min(a, b))),
-                BinaryOp::Max => isa.run(Zip(a, b, out, |a, b| simd::max(a, b))),
+                BinaryOp::Add => isa.run(Zip(a, b, out, Add)),
+                BinaryOp::Sub => isa.run(Zip(a, b, out, Sub)),
+                BinaryOp::Mul => isa.run(Zip(a, b, out, Mul)),
+                BinaryOp::Div => isa.run(Zip(a, b, out, Div)),
+                BinaryOp::Min => isa.run(Zip(a, b, out, Min)),
+                BinaryOp::Max => isa.run(Zip(a, b, out, Max)),
             }
         });
     });
@@ -183,33 +183,85 @@ impl<'a> Side<'a> {
     }
 }
 
-/// `out = f(x)`.
-struct Map<'a, F>(&'a [f32], &'a mut [f32], F);
+/// An operation as a type: unlike a closure it is inlined always, and so compiled for each instruction set.
+trait Op1 {
+    fn of(x: f32) -> f32;
+}
 
-impl<F: Fn(f32) -> f32> Kernel for Map<'_, F> {
+/// See [`Op1`].
+trait Op2 {
+    fn of(a: f32, b: f32) -> f32;
+}
+
+macro_rules! ops {
+    ($($op:ident: $kind:ident($($arg:ident),+) = $value:expr;)+) => {$(
+        struct $op;
+        impl $kind for $op {
+            #[inline(always)]
+            fn of($($arg: f32),+) -> f32 {
+                $value
+            }
+        }
+    )+};
+}
+
+ops! {
+    Neg: Op1(x) = -x;
+    Abs: Op1(x) = x.abs();
+    Exp: Op1(x) = simd::exp(x);
+    Log: Op1(x) = x.ln();
+    Sqrt: Op1(x) = x.sqrt();
+    Rsqrt: Op1(x) = 1.0 / x.sqrt();
+    Recip: Op1(x) = 1.0 / x;
+    Sigmoid: Op1(x) = simd::sigmoid(x);
+    Silu: Op1(x) = simd::silu(x);
+    Add: Op2(a, b) = a + b;
+    Sub: Op2(a, b) = a - b;
+    Mul: Op2(a, b) = a * b;
+    Div: Op2(a, b) = a / b;
+    Min: Op2(a, b) = simd::min(a, b);
+    Max: Op2(a, b) = simd::max(a, b);
+    SiluMul: Op2(gate, up) = simd::silu(gate) * up;
+}
+
+/// `out = op(x)`.
+struct Map<'a, O>(&'a [f32], &'a mut [f32], O);
+
+impl<O: Op1> Kernel for Map<'_, O> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Map(x, out, f) = self;
-        out.iter_mut().zip(x).for_each(|(o, &x)| *o = f(x));
+        for (o, &x) in self.1.iter_mut().zip(self.0) {
+            *o = O::of(x);
+        }
     }
 }
 
-/// `out = f(a, b)`.
-struct Zip<'a, F>(Side<'a>, Side<'a>, &'a mut [f32], F);
+/// `out = op(a, b)`.
+struct Zip<'a, O>(Side<'a>, Side<'a>, &'a mut [f32], O);
 
-impl<F: Fn(f32, f32) -> f32> Kernel for Zip<'_, F> {
+impl<O: Op2> Kernel for Zip<'_, O> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Zip(a, b, out, f) = self;
+        let Zip(a, b, out, _) = self;
         match (a, b) {
             (Side::Many(a), Side::Many(b)) => {
-                out.iter_mut().zip(a).zip(b).for_each(|((o, &a), &b)| *o = f(a, b));
+                for ((o, &a), &b) in out.iter_mut().zip(a).zip(b) {
+                    *o = O::of(a, b);
+                }
             }
-            (Side::Many(a), Side::One(b)) => out.iter_mut().zip(a).for_each(|(o, &a)| *o = f(a, b)),
-            (Side::One(a), Side::Many(b)) => out.iter_mut().zip(b).for_each(|(o, &b)| *o = f(a, b)),
-            (Side::One(a), Side::One(b)) => out.fill(f(a, b)),
+            (Side::Many(a), Side::One(b)) => {
+                for (o, &a) in out.iter_mut().zip(a) {
+                    *o = O::of(a, b);
+                }
+            }
+            (Side::One(a), Side::Many(b)) => {
+                for (o, &b) in out.iter_mut().zip(b) {
+                    *o = O::of(a, b);
+                }
+            }
+            (Side::One(a), Side::One(b)) => out.fill(O::of(a, b)),
         }
     }
 }
@@ -284,7 +336,14 @@ mod tests {
     #[test]
     #[should_panic(expected = "do not broadcast")]
     fn shapes_that_do_not_fit_are_refused() {
-        binary(&pools()[0], Isa::PORTABLE, BinaryOp::Add, (&[0.0; 6], &[2, 3]), (&[0.0; 4], &[4]), &mut [0.0; 6]);
+        binary(
+            &pools()[0],
+            Isa::PORTABLE,
+            BinaryOp::Add,
+            (&[0.0; 6], &[2, 3]),
+            (&[0.0; 4], &[4]),
+            &mut [0.0; 6],
+        );
     }
 
     #[test]
@@ -304,8 +363,10 @@ mod tests {
         for n in [0, 1, 5, 20_011] {
             for (op, f) in cases {
                 let positive = matches!(op, UnaryOp::Log | UnaryOp::Sqrt | UnaryOp::Rsqrt);
-                let x: Vec<f32> =
-                    noise(n, 4).iter().map(|v| if positive { v.abs() * 9.0 + 1e-3 } else { v * 9.0 }).collect();
+                let x: Vec<f32> = noise(n, 4)
+                    .iter()
+                    .map(|v| if positive { v.abs() * 9.0 + 1e-3 } else { v * 9.0 })
+                    .collect();
                 let up = noise(n, 5);
                 let want: Vec<f64> = x.iter().map(|&v| f(f64::from(v))).collect();
                 let both: Vec<f64> = want.iter().zip(&up).map(|(w, &u)| w * f64::from(u)).collect();
@@ -315,7 +376,12 @@ mod tests {
                         let mut out = vec![0.0; n];
                         unary(pool, isa, op, &x, &mut out);
                         close(&out, &want, 5e-7, &format!("{op:?}"));
-                        assert_eq!(*first.get_or_insert_with(|| bits(&out)), bits(&out), "{op:?} {}", isa.name());
+                        assert_eq!(
+                            *first.get_or_insert_with(|| bits(&out)),
+                            bits(&out),
+                            "{op:?} {}",
+                            isa.name()
+                        );
                         if op == UnaryOp::Silu {
                             silu_mul(pool, isa, &x, &up, &mut out);
                             close(&out, &both, 5e-7, "silu_mul");

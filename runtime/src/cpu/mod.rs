@@ -21,6 +21,8 @@ pub mod rope;
 pub mod simd;
 #[cfg(test)]
 mod testing;
+#[cfg(target_arch = "x86_64")]
+mod tile_avx512;
 pub mod weight;
 
 pub use attention::{AttnShape, Rows, attention};

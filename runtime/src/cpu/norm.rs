@@ -43,9 +43,15 @@ impl Kernel for Rows<'_> {
             let inv = 1.0 / (mean + self.eps).sqrt();
             match self.gain {
                 Some(gain) => {
-                    out.iter_mut().zip(x).zip(gain).for_each(|((o, &x), &g)| *o = (x * inv) * g);
+                    for ((o, &x), &g) in out.iter_mut().zip(x).zip(gain) {
+                        *o = (x * inv) * g;
+                    }
                 }
-                None => out.iter_mut().zip(x).for_each(|(o, &x)| *o = x * inv),
+                None => {
+                    for (o, &x) in out.iter_mut().zip(x) {
+                        *o = x * inv;
+                    }
+                }
             }
         }
     }

@@ -74,22 +74,47 @@ pub fn softmax_rows(pool: &Pool, isa: Isa, x: &[f32], n: usize, out: &mut [f32])
 
 /// Index of the largest element, the first of equal ones; of the first NaN if there is one; 0 for an empty row.
 pub fn argmax(isa: Isa, row: &[f32]) -> usize {
-    let top = isa.run(Max(row));
-    row.iter().position(|&x| x == top || x.is_nan()).unwrap_or(0)
+    isa.run(ArgMax(row))
+}
+
+/// What is summed; a trait and not a closure so that it is inlined always.
+trait Term: Copy {
+    fn of(self, x: f32) -> f64;
+}
+
+/// `x`
+#[derive(Clone, Copy)]
+struct Plain;
+/// `x²`
+#[derive(Clone, Copy)]
+struct Square;
+
+impl Term for Plain {
+    #[inline(always)]
+    fn of(self, x: f32) -> f64 {
+        f64::from(x)
+    }
+}
+
+impl Term for Square {
+    #[inline(always)]
+    fn of(self, x: f32) -> f64 {
+        f64::from(x) * f64::from(x)
+    }
 }
 
 /// A sum in sixteen lanes of `f64`.
 #[inline(always)]
-fn lanes(x: &[f32], term: impl Fn(f32) -> f64) -> f64 {
+fn lanes<T: Term>(x: &[f32], term: T) -> f64 {
     let mut acc = [0f64; 16];
     let (blocks, tail) = x.as_chunks::<16>();
     for b in blocks {
         for l in 0..16 {
-            acc[l] += term(b[l]);
+            acc[l] += term.of(b[l]);
         }
     }
     for (l, &x) in tail.iter().enumerate() {
-        acc[l] += term(x);
+        acc[l] += term.of(x);
     }
     let a: [f64; 8] = std::array::from_fn(|i| acc[i] + acc[i + 8]);
     let b: [f64; 4] = std::array::from_fn(|i| a[i] + a[i + 4]);
@@ -99,7 +124,7 @@ fn lanes(x: &[f32], term: impl Fn(f32) -> f64) -> f64 {
 /// `Σ x²` in `f64`.
 #[inline(always)]
 pub(crate) fn sum_squares(x: &[f32]) -> f64 {
-    lanes(x, |x| f64::from(x) * f64::from(x))
+    lanes(x, Square)
 }
 
 /// The largest element of a row.
@@ -119,8 +144,10 @@ pub(crate) fn max_of(x: &[f32]) -> f32 {
 #[inline(always)]
 pub(crate) fn exp_in_place(row: &mut [f32]) -> f64 {
     let top = max_of(row);
-    row.iter_mut().for_each(|x| *x = exp(*x - top));
-    lanes(row, f64::from)
+    for x in row.iter_mut() {
+        *x = exp(*x - top);
+    }
+    lanes(row, Plain)
 }
 
 struct Sum<'a>(&'a [f32]);
@@ -128,7 +155,7 @@ impl Kernel for Sum<'_> {
     type Output = f64;
     #[inline(always)]
     fn run<L: Lanes>(self) -> f64 {
-        lanes(self.0, f64::from)
+        lanes(self.0, Plain)
     }
 }
 
@@ -147,7 +174,33 @@ impl Kernel for Stats<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) -> (f32, f64) {
         let top = max_of(self.0);
-        (top, f64::from(top) + lanes(self.0, |x| f64::from(exp(x - top))).ln())
+        let (mut sum, mut buf) = (0f64, [0f32; 512]);
+        for x in self.0.chunks(512) {
+            for (b, &x) in buf.iter_mut().zip(x) {
+                *b = exp(x - top);
+            }
+            sum += lanes(&buf[..x.len()], Plain);
+        }
+        (top, f64::from(top) + sum.ln())
+    }
+}
+
+struct ArgMax<'a>(&'a [f32]);
+impl Kernel for ArgMax<'_> {
+    type Output = usize;
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> usize {
+        let top = max_of(self.0);
+        for (i, block) in self.0.chunks(256).enumerate() {
+            let mut found = false;
+            for &x in block {
+                found |= (x == top) | x.is_nan();
+            }
+            if found {
+                return 256 * i + block.iter().position(|&x| x == top || x.is_nan()).unwrap_or(0);
+            }
+        }
+        0
     }
 }
 
@@ -157,7 +210,9 @@ impl Kernel for Softmax<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let inv = (1.0 / exp_in_place(self.0)) as f32;
-        self.0.iter_mut().for_each(|x| *x *= inv);
+        for x in self.0.iter_mut() {
+            *x *= inv;
+        }
     }
 }
 

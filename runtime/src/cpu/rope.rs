@@ -116,8 +116,9 @@ mod tests {
         for (batch, seq, heads, dim) in [(1, 1, 1, 2), (2, 5, 3, 8), (1, 90, 9, 64), (3, 4, 2, 128)] {
             let (half, width) = (dim / 2, heads * dim);
             let x = noise(batch * seq * width, 3);
-            let angles: Vec<f64> =
-                (0..seq * half).map(|i| (i / half) as f64 / 1e4f64.powf((i % half) as f64 / half as f64)).collect();
+            let angles: Vec<f64> = (0..seq * half)
+                .map(|i| (i / half) as f64 / 1e4f64.powf((i % half) as f64 / half as f64))
+                .collect();
             let cos: Vec<f32> = angles.iter().map(|a| a.cos() as f32).collect();
             let sin: Vec<f32> = angles.iter().map(|a| a.sin() as f32).collect();
             let want: Vec<f64> = (0..x.len())

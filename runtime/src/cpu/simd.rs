@@ -1,7 +1,8 @@
 //! Which vector instructions a kernel may use, chosen at run time.
 //!
 //! A kernel is a value with an `#[inline(always)]` body; [`Isa::run`] inlines that body into a function that has
-//! the instructions enabled, and LLVM vectorises it there. Elementwise kernels use plain `*` and `+`, which Rust
+//! the instructions enabled, and LLVM vectorises it there. So a body has plain loops: a closure with more than
+//! a few operations may stay a call of its own, compiled without those instructions. Elementwise kernels use plain `*` and `+`, which Rust
 //! never contracts, so they give the same bits on every path. Only dot products use [`Lanes::mul_add`].
 #![allow(unsafe_code, reason = "functions with enabled target features are called after detection")]
 
@@ -205,7 +206,9 @@ mod tests {
         type Output = ();
         #[inline(always)]
         fn run<L: Lanes>(self) {
-            self.1.iter_mut().zip(self.0).for_each(|(o, &x)| *o = exp(x));
+            for (o, &x) in self.1.iter_mut().zip(self.0) {
+                *o = exp(x);
+            }
         }
     }
 

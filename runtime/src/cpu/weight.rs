@@ -88,24 +88,39 @@ impl<'a> WeightView<'a> {
         }
     }
 
-    /// Row `r` of `k` elements.
-    #[inline]
-    pub(crate) fn row(&self, r: usize, k: usize) -> Row<'a> {
-        match *self {
-            WeightView::F32(w) => Row::F32(&w[r * k..(r + 1) * k]),
-            WeightView::F16(w) => Row::F16(&w[2 * r * k..2 * (r + 1) * k]),
-            WeightView::BF16(w) => Row::BF16(&w[2 * r * k..2 * (r + 1) * k]),
-            WeightView::Packed { bits, signed, codes, group, scales, zeros } => {
-                let (bytes, groups) = (self.row_bytes(k), k / group);
-                Row::Packed(PackedRow {
-                    bits,
-                    codes: &codes[r * bytes..(r + 1) * bytes],
-                    group,
-                    scales: &scales[r * groups..(r + 1) * groups],
-                    zeros: zeros.map(|z| &z[r * groups..(r + 1) * groups]),
-                    zero: if signed { f32::from(1u8 << (bits - 1)) } else { 0.0 },
-                })
-            }
+    /// Reads rows of `k` elements one after another.
+    pub(crate) fn reader(&self, k: usize) -> RowReader<'a> {
+        let groups = if let WeightView::Packed { group, .. } = self { k / group } else { 0 };
+        RowReader { view: *self, k, bytes: self.row_bytes(k), groups }
+    }
+}
+
+/// The rows of a weight, with what all of them share computed once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowReader<'a> {
+    view: WeightView<'a>,
+    k: usize,
+    bytes: usize,
+    groups: usize,
+}
+
+impl<'a> RowReader<'a> {
+    /// Row `r`.
+    #[inline(always)]
+    pub(crate) fn row(&self, r: usize) -> Row<'a> {
+        let (k, bytes, groups) = (self.k, self.bytes, self.groups);
+        match self.view {
+            WeightView::F32(w) => Row::F32(&w[r * k..][..k]),
+            WeightView::F16(w) => Row::F16(&w[r * bytes..][..bytes]),
+            WeightView::BF16(w) => Row::BF16(&w[r * bytes..][..bytes]),
+            WeightView::Packed { bits, signed, codes, group, scales, zeros } => Row::Packed(PackedRow {
+                bits,
+                codes: &codes[r * bytes..][..bytes],
+                group,
+                scales: &scales[r * groups..][..groups],
+                zeros: zeros.map(|z| &z[r * groups..][..groups]),
+                zero: if signed { f32::from(1u8 << (bits - 1)) } else { 0.0 },
+            }),
         }
     }
 }
@@ -116,14 +131,22 @@ impl<'a> WeightView<'a> {
 /// If the row is outside the weight.
 pub fn dequantize_row(isa: Isa, view: &WeightView<'_>, row: usize, out: &mut [f32]) {
     let k = out.len();
-    isa.run(Dequantize { row: view.row(row, k), out });
+    isa.run(Dequantize { row: view.reader(k).row(row), out });
 }
 
 /// Rows `ids` of a weight `[n, k]`, one after another: `out` is `[ids.len(), k]`.
 ///
 /// # Panics
 /// If an id is outside `0..n` or a length does not fit.
-pub fn gather_rows(pool: &Pool, isa: Isa, view: &WeightView<'_>, n: usize, ids: &[i32], k: usize, out: &mut [f32]) {
+pub fn gather_rows(
+    pool: &Pool,
+    isa: Isa,
+    view: &WeightView<'_>,
+    n: usize,
+    ids: &[i32],
+    k: usize,
+    out: &mut [f32],
+) {
     view.check(n, k);
     assert_eq!(out.len(), ids.len() * k, "output of {} rows of {k}", ids.len());
     if k == 0 {
@@ -155,11 +178,15 @@ impl Kernel for Dequantize<'_> {
             Row::F32(w) => out.copy_from_slice(w),
             Row::F16(w) => {
                 let (halves, _) = w.as_chunks::<2>();
-                out.iter_mut().zip(halves).for_each(|(o, &b)| *o = f16_to_f32(u16::from_le_bytes(b)));
+                for (o, &b) in out.iter_mut().zip(halves) {
+                    *o = f16_to_f32(u16::from_le_bytes(b));
+                }
             }
             Row::BF16(w) => {
                 let (halves, _) = w.as_chunks::<2>();
-                out.iter_mut().zip(halves).for_each(|(o, &b)| *o = bf16_to_f32(u16::from_le_bytes(b)));
+                for (o, &b) in out.iter_mut().zip(halves) {
+                    *o = bf16_to_f32(u16::from_le_bytes(b));
+                }
             }
             Row::Packed(p) => {
                 match p.bits {
@@ -169,11 +196,17 @@ impl Kernel for Dequantize<'_> {
                     5 => unpack::<5>(p.codes, out),
                     6 => unpack::<6>(p.codes, out),
                     7 => unpack::<7>(p.codes, out),
-                    _ => out.iter_mut().zip(p.codes).for_each(|(o, &c)| *o = f32::from(c)),
+                    _ => {
+                        for (o, &c) in out.iter_mut().zip(p.codes) {
+                            *o = f32::from(c);
+                        }
+                    }
                 }
                 for (g, out) in out.chunks_exact_mut(p.group).enumerate() {
                     let (scale, zero) = p.params(g);
-                    out.iter_mut().for_each(|o| *o = scale * (*o - zero));
+                    for o in out {
+                        *o = scale * (*o - zero);
+                    }
                 }
             }
         }
@@ -202,8 +235,8 @@ fn unpack<const BITS: usize>(bytes: &[u8], out: &mut [f32]) {
         std::array::from_fn(|i| ((word >> (i * BITS)) as u32 & ((1 << BITS) - 1)) as f32)
     };
     let (full, rest) = out.as_chunks_mut::<8>();
-    let (words, tail) = bytes.as_chunks::<BITS>();
-    for (o, w) in full.iter_mut().zip(words) {
+    let (words, tail) = bytes.split_at(full.len() * BITS);
+    for (o, w) in full.iter_mut().zip(words.as_chunks::<BITS>().0) {
         *o = eight(w);
     }
     if !rest.is_empty() {
@@ -234,7 +267,8 @@ mod tests {
                     let want: Vec<f32> = (0..n * k)
                         .map(|i| {
                             let g = i / k * (k / group) + i % k / group;
-                            let zero = zeros.map_or(if signed { 1 << (b - 1) } else { 0 }, |z| i32::from(z[g]));
+                            let zero =
+                                zeros.map_or(if signed { 1 << (b - 1) } else { 0 }, |z| i32::from(z[g]));
                             scales[g] * (i32::from(codes[i]) - zero) as f32
                         })
                         .collect();
@@ -242,8 +276,10 @@ mod tests {
                         for pool in &pools() {
                             let mut out = vec![0.0; 4 * k];
                             gather_rows(pool, isa, &view, n, &[2, 0, 1, 2], k, &mut out);
-                            let want: Vec<f32> =
-                                [2, 0, 1, 2].iter().flat_map(|&r| want[r * k..(r + 1) * k].to_vec()).collect();
+                            let want: Vec<f32> = [2, 0, 1, 2]
+                                .iter()
+                                .flat_map(|&r| want[r * k..(r + 1) * k].to_vec())
+                                .collect();
                             assert_eq!(bits(&out), bits(&want), "{b} bits, k {k}, {}", isa.name());
                         }
                     }

@@ -95,8 +95,11 @@ fn strip(text: &str) -> &str {
 impl Corpus {
     /// One line that says what was read.
     pub fn describe(&self) -> String {
-        let files: Vec<String> =
-            self.files.iter().map(|f| f.file_name().map_or_else(String::new, |n| n.to_string_lossy().into())).collect();
+        let files: Vec<String> = self
+            .files
+            .iter()
+            .map(|f| f.file_name().map_or_else(String::new, |n| n.to_string_lossy().into()))
+            .collect();
         let rows = if self.rows.len() == 1 { "row" } else { "rows" };
         format!("{} {rows} of {} from {}", self.rows.len(), self.layout, name_list(&files))
     }
@@ -109,7 +112,11 @@ impl Corpus {
                 Row::Text(text) => texts.push(text.as_str()),
                 Row::Messages(_) => {
                     let what = format!("row {} is a conversation, not a text", texts.len() + 1);
-                    return Err(TextError::new(self.place(), what, "render it with the model's chat template first"));
+                    return Err(TextError::new(
+                        self.place(),
+                        what,
+                        "render it with the model's chat template first",
+                    ));
                 }
             }
         }
@@ -140,8 +147,9 @@ impl Corpus {
 /// `wiki.test.raw`, ...) in itself, in `data`, `main` or `default`, and in a single sub-folder. Where a split is there
 /// in several formats, parquet wins, then JSON, then text.
 pub fn read_corpus(path: &Path, options: &ReadOptions<'_>) -> Result<Corpus, TextError> {
-    let meta = std::fs::metadata(path)
-        .map_err(|e| TextError::at(path, format!("cannot be read: {e}"), "check the path and its permissions"))?;
+    let meta = std::fs::metadata(path).map_err(|e| {
+        TextError::at(path, format!("cannot be read: {e}"), "check the path and its permissions")
+    })?;
     let files = if meta.is_dir() { split::find(path, options.split)? } else { vec![path.to_owned()] };
     let mut reading = Reading { options, rows: Vec::new(), bytes: 0, layout: None, whole: true };
     for file in &files {
@@ -187,7 +195,9 @@ impl Reading<'_> {
         self.whole &= format == Format::Text;
         match format {
             Format::Text => self.text(path),
-            Format::Parquet => parquet::read(path, column, max_bytes, &mut |layout, row| self.map(path, layout, row)),
+            Format::Parquet => {
+                parquet::read(path, column, max_bytes, &mut |layout, row| self.map(path, layout, row))
+            }
             Format::Json(codec) => {
                 let mut chosen = None;
                 jsonl::read(path, codec, max_bytes, &mut |value| self.json(path, &mut chosen, value))
@@ -227,12 +237,15 @@ impl Reading<'_> {
                 *chosen = Some(layout);
                 return more;
             }
-            Value::String(text) if self.options.column.is_none() && chosen.as_ref().is_none_or(|l| *l == Layout::Bare) => {
+            Value::String(text)
+                if self.options.column.is_none() && chosen.as_ref().is_none_or(|l| *l == Layout::Bare) =>
+            {
                 *chosen = Some(Layout::Bare);
                 Row::Text(text)
             }
             _ => {
-                let what = format!("row {} is neither an object nor, as all rows, a string", self.rows.len() + 1);
+                let what =
+                    format!("row {} is neither an object nor, as all rows, a string", self.rows.len() + 1);
                 return Err(TextError::at(path, what, "write one object with named columns a row"));
             }
         };
@@ -256,7 +269,11 @@ impl Reading<'_> {
             None => self.layout = Some(layout.clone()),
             Some(first) if first == layout => {}
             Some(first) => {
-                let what = format!("its text is {}, but that of earlier files is {}", layout.describe(), first.describe());
+                let what = format!(
+                    "its text is {}, but that of earlier files is {}",
+                    layout.describe(),
+                    first.describe()
+                );
                 return Err(TextError::at(path, what, "name one column that all files have"));
             }
         }
@@ -287,11 +304,14 @@ mod tests {
     }
 
     fn texts(corpus: &Corpus) -> Vec<&str> {
-        let text = |row| match row {
-            &Row::Text(ref text) => text.as_str(),
-            Row::Messages(_) => "(messages)",
-        };
-        corpus.rows.iter().map(text).collect()
+        let mut out = Vec::new();
+        for row in &corpus.rows {
+            match row {
+                Row::Text(text) => out.push(text.as_str()),
+                Row::Messages(_) => out.push("(messages)"),
+            }
+        }
+        out
     }
 
     const TEST: ReadOptions<'static> =
@@ -326,7 +346,7 @@ mod tests {
         assert_eq!(got.default_join, Join::All);
         let got = corpus(&files, "", &ReadOptions { max_rows: Some(2), ..TEST }).unwrap();
         assert_eq!(texts(&got), ["a", "b"]);
-        let err = corpus(&files, "", &ReadOptions { max_bytes: 60, ..TEST }).unwrap_err();
+        let err = corpus(&files, "", &ReadOptions { max_bytes: 40, ..TEST }).unwrap_err();
         assert!(err.what.contains("limit"), "{err}");
         let err = corpus(&files, "", &ReadOptions { column: Some("n"), ..TEST }).unwrap_err();
         assert!(err.what.contains("row 1: column `n` holds a number"), "{err}");

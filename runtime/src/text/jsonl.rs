@@ -17,8 +17,9 @@ pub(super) type Sink<'a> = dyn FnMut(Value) -> Result<bool, TextError> + 'a;
 
 /// Reads every row of a JSON file into `sink`; more than `max_bytes` of decompressed JSON are refused.
 pub(super) fn read(path: &Path, codec: Codec, max_bytes: u64, sink: &mut Sink<'_>) -> Result<(), TextError> {
-    let file = std::fs::File::open(path)
-        .map_err(|e| TextError::at(path, format!("cannot open: {e}"), "check the path and its permissions"))?;
+    let file = std::fs::File::open(path).map_err(|e| {
+        TextError::at(path, format!("cannot open: {e}"), "check the path and its permissions")
+    })?;
     let file = BufReader::with_capacity(1 << 16, file);
     match codec {
         Codec::Plain => rows(path, file, max_bytes, sink),
@@ -71,8 +72,11 @@ fn rows(path: &Path, reader: impl Read, max_bytes: u64, sink: &mut Sink<'_>) -> 
         let mut result = Ok(());
         for value in serde_json::Deserializer::from_reader(reader).into_iter::<Value>() {
             match value {
-                Ok(value) if each(value) => {}
-                Ok(_) => break,
+                Ok(value) => {
+                    if !each(value) {
+                        break;
+                    }
+                }
                 Err(e) => {
                     result = Err(e);
                     break;
@@ -161,7 +165,10 @@ impl<R: BufRead> Zstd<R> {
             }
             match self.decoder.reset(&mut self.source) {
                 Ok(()) => return Ok(true),
-                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame { length, .. })) => {
+                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
+                    length,
+                    ..
+                })) => {
                     io::copy(&mut self.source.by_ref().take(u64::from(length)), &mut io::sink())?;
                 }
                 Err(e) => return Err(invalid(e)),
@@ -228,7 +235,8 @@ mod tests {
 
     #[test]
     fn lines_arrays_and_marks() {
-        for text in ["{\"a\":1}\n{\"a\":2}\n", "[{\"a\":1},\n {\"a\":2}]\n", "\u{feff} \n{\"a\":1} {\"a\":2}"] {
+        for text in ["{\"a\":1}\n{\"a\":2}\n", "[{\"a\":1},\n {\"a\":2}]\n", "\u{feff} \n{\"a\":1} {\"a\":2}"]
+        {
             let rows = all(text.as_bytes(), Codec::Plain).unwrap();
             assert_eq!(rows, [serde_json::json!({"a": 1}), serde_json::json!({"a": 2})], "{text:?}");
         }
@@ -240,7 +248,8 @@ mod tests {
     fn compressed_streams_of_several_members() {
         let two = [gz(b"1\n2\n"), gz(b"3\n")].concat();
         assert_eq!(all(&two, Codec::Gzip).unwrap().len(), 3);
-        let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 9, 9][..], &zst(b"1\n2\n"), &zst(b"3\n")].concat();
+        let skippable =
+            [&[0x50, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 9, 9][..], &zst(b"1\n2\n"), &zst(b"3\n")].concat();
         assert_eq!(all(&skippable, Codec::Zstd).unwrap().len(), 3);
     }
 

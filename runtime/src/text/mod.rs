@@ -9,6 +9,7 @@ pub mod dataset;
 mod error;
 mod jsonl;
 mod parquet;
+mod pieces;
 pub mod random;
 mod rows;
 mod split;

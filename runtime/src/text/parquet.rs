@@ -8,8 +8,8 @@ use std::sync::Arc;
 use parquet::basic::Compression;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::Field;
 use parquet::record::reader::RowIter;
-use parquet::record::{Field, ListAccessor};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
@@ -18,12 +18,15 @@ use super::rows::Layout;
 
 const HINT: &str = "check that the file is complete; JSON lines with the same columns can be read instead";
 
+/// Takes one row; `Ok(false)` ends the reading.
+pub(super) type Sink<'a> = dyn FnMut(&Layout, Map<String, Value>) -> Result<bool, TextError> + 'a;
+
 /// Reads the columns that make the text of a file; `sink` takes a row and says whether to go on.
 pub(super) fn read(
     path: &Path,
     wanted: Option<&str>,
     max_bytes: u64,
-    sink: &mut dyn FnMut(&Layout, Map<String, Value>) -> Result<bool, TextError>,
+    sink: &mut Sink<'_>,
 ) -> Result<(), TextError> {
     // The record reader asserts on some malformed files instead of returning an error.
     catch_unwind(AssertUnwindSafe(|| read_inner(path, wanted, max_bytes, sink)))
@@ -34,11 +37,12 @@ fn read_inner(
     path: &Path,
     wanted: Option<&str>,
     max_bytes: u64,
-    sink: &mut dyn FnMut(&Layout, Map<String, Value>) -> Result<bool, TextError>,
+    sink: &mut Sink<'_>,
 ) -> Result<(), TextError> {
     let broken = |e: ParquetError| TextError::at(path, format!("cannot be read as parquet: {e}"), HINT);
-    let file = File::open(path)
-        .map_err(|e| TextError::at(path, format!("cannot open: {e}"), "check the path and its permissions"))?;
+    let file = File::open(path).map_err(|e| {
+        TextError::at(path, format!("cannot open: {e}"), "check the path and its permissions")
+    })?;
     let reader = SerializedFileReader::new(file).map_err(broken)?;
     let schema = reader.metadata().file_metadata().schema();
     let columns: Vec<String> = schema.get_fields().iter().map(|f| f.name().to_owned()).collect();
@@ -52,7 +56,11 @@ fn read_inner(
         let group = reader.get_row_group(group).map_err(broken)?;
         for row in RowIter::from_row_group(Some(projection.clone()), &*group).map_err(broken)? {
             let row = row.map_err(|e| {
-                TextError::at(path, format!("cannot be read as parquet after {row_number} good rows: {e}"), HINT)
+                TextError::at(
+                    path,
+                    format!("cannot be read as parquet after {row_number} good rows: {e}"),
+                    HINT,
+                )
             })?;
             row_number += 1;
             let map = row.into_columns().into_iter().map(|(name, field)| (name, value(field))).collect();
@@ -80,8 +88,10 @@ fn check_columns(
             }
             let compression = chunk.compression();
             if matches!(compression, Compression::ZSTD(_) | Compression::LZO) {
-                let what = format!("column `{column}` is compressed with {compression}, which is not built in");
-                let hint = "write the file again with snappy, gzip, brotli or lz4, or convert it to JSON lines";
+                let what =
+                    format!("column `{column}` is compressed with {compression}, which is not built in");
+                let hint =
+                    "write the file again with snappy, gzip, brotli or lz4, or convert it to JSON lines";
                 return Err(TextError::at(path, what, hint));
             }
             total = total.saturating_add(u64::try_from(chunk.uncompressed_size()).unwrap_or(u64::MAX));
@@ -102,9 +112,15 @@ fn value(field: Field) -> Value {
             Ok(text) => Value::String(text.to_owned()),
             Err(_) => Value::Null,
         },
-        Field::Group(row) => Value::Object(row.into_columns().into_iter().map(|(n, f)| (n, value(f))).collect()),
+        Field::Group(row) => {
+            Value::Object(row.into_columns().into_iter().map(|(n, f)| (n, value(f))).collect())
+        }
         Field::ListInternal(list) => Value::Array(list.elements().iter().cloned().map(value).collect()),
-        other => other.to_json_value(),
+        Field::Null => Value::Null,
+        Field::Bool(flag) => Value::Bool(flag),
+        Field::MapInternal(_) => Value::Object(Map::new()),
+        // Numbers and dates: no layout reads their value, and an error only calls them numbers.
+        _ => Value::from(0),
     }
 }
 
@@ -129,10 +145,13 @@ mod tests {
         for cells in columns {
             let mut column = group.next_column().unwrap().unwrap();
             let max_def = cells.iter().map(|c| c.1).max().unwrap();
-            let values: Vec<ByteArray> = cells.iter().filter(|c| c.1 == max_def).map(|c| c.0.into()).collect();
+            let values: Vec<ByteArray> =
+                cells.iter().filter(|c| c.1 == max_def).map(|c| c.0.into()).collect();
             let defs: Vec<i16> = cells.iter().map(|c| c.1).collect();
             let reps: Vec<i16> = cells.iter().map(|c| c.2).collect();
-            let ColumnWriter::ByteArrayColumnWriter(writer) = column.untyped() else { panic!("not a string column") };
+            let ColumnWriter::ByteArrayColumnWriter(writer) = column.untyped() else {
+                panic!("not a string column")
+            };
             writer.write_batch(&values, Some(&defs), Some(&reps)).unwrap();
             column.close().unwrap();
         }
@@ -178,15 +197,24 @@ mod tests {
     fn lists_of_structs_are_messages() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("chat.parquet");
-        let schema = "message m { optional group messages (LIST) { repeated group list { optional group element {
+        let schema =
+            "message m { optional group messages (LIST) { repeated group list { optional group element {
                       optional binary content (UTF8); optional binary role (UTF8); } } } }";
-        write(&path, schema, Compression::SNAPPY, &[
-            &[("hi", 4, 0), ("hello", 4, 1), ("bye", 4, 0)],
-            &[("user", 4, 0), ("assistant", 4, 1), ("user", 4, 0)],
-        ]);
+        write(
+            &path,
+            schema,
+            Compression::SNAPPY,
+            &[
+                &[("hi", 4, 0), ("hello", 4, 1), ("bye", 4, 0)],
+                &[("user", 4, 0), ("assistant", 4, 1), ("user", 4, 0)],
+            ],
+        );
         let got = rows(&path, None).unwrap();
         let Row::Messages(first) = &got[0] else { panic!("messages wanted") };
-        assert_eq!((first.len(), first[1].role.as_str(), first[1].content.as_str()), (2, "assistant", "hello"));
+        assert_eq!(
+            (first.len(), first[1].role.as_str(), first[1].content.as_str()),
+            (2, "assistant", "hello")
+        );
         assert_eq!(got.len(), 2);
     }
 
@@ -213,6 +241,15 @@ mod tests {
         let schema = "message m { optional binary text (UTF8); }";
         write(&path, schema, Compression::SNAPPY, &[&[("a", 1, 0), ("", 0, 0)]]);
         assert!(rows(&path, None).unwrap_err().what.contains("holds null"));
+        // A snappy file whose footer says zstd instead: `codec` is field 4 of a column's metadata, 1 becomes 6.
+        let good = std::fs::read(sample(dir.path(), Compression::SNAPPY)).unwrap();
+        let claims_zstd = |at: usize| {
+            let mut bytes = good.clone();
+            bytes[at + 1] = 0x0c;
+            std::fs::write(&path, bytes).unwrap();
+            rows(&path, None).is_err_and(|e| e.what.contains("ZSTD") && e.hint.contains("snappy"))
+        };
+        assert!((0..good.len() - 1).filter(|&at| good[at..at + 2] == [0x15, 0x02]).any(claims_zstd));
         let err = rows(Path::new("/nonexistent.parquet"), None).unwrap_err();
         assert!(err.what.contains("cannot open"), "{err}");
     }

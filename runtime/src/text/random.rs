@@ -191,7 +191,8 @@ impl Pcg64 {
     /// `np.random.default_rng(seed)` for a non-negative integer seed.
     pub fn new(seed: u64) -> Self {
         let w = seed_sequence(seed);
-        let (state, seq) = (u128::from(w[0]) << 64 | u128::from(w[1]), u128::from(w[2]) << 64 | u128::from(w[3]));
+        let (state, seq) =
+            (u128::from(w[0]) << 64 | u128::from(w[1]), u128::from(w[2]) << 64 | u128::from(w[3]));
         let mut rng = Self { state: 0, inc: seq << 1 | 1, half: None };
         rng.step();
         rng.state = rng.state.wrapping_add(state);
@@ -225,20 +226,19 @@ impl Pcg64 {
         (self.next_u64() >> 11) as f64 / 9_007_199_254_740_992.0
     }
 
-    /// A uniform draw in `0..=max`: Lemire's method on 32-bit draws, as numpy bounds integers.
+    /// A uniform draw in `0..=max`: 32-bit draws under the smallest mask that holds `max`, rejected while too large.
+    /// numpy shuffles with this, and not with the multiplication by which it bounds integers elsewhere.
     fn up_to(&mut self, max: u32) -> u32 {
         if max == 0 {
             return 0;
         }
-        let Some(width) = max.checked_add(1) else { return self.next_u32() };
-        let mut m = u64::from(self.next_u32()) * u64::from(width);
-        if (m as u32) < width {
-            let threshold = (u32::MAX - max) % width;
-            while (m as u32) < threshold {
-                m = u64::from(self.next_u32()) * u64::from(width);
+        let mask = u32::MAX >> max.leading_zeros();
+        loop {
+            let value = self.next_u32() & mask;
+            if value <= max {
+                return value;
             }
         }
-        (m >> 32) as u32
     }
 }
 
@@ -336,8 +336,8 @@ mod tests {
         let mut rng = LegacyNumpy::new(0);
         let got: Vec<u32> = (0..10).map(|_| rng.next_u32()).collect();
         let want = [
-            2357136044, 2546248239, 3071714933, 3626093760, 2588848963, 3684848379, 2340255427, 3638918503, 1819583497,
-            2678185683,
+            2357136044, 2546248239, 3071714933, 3626093760, 2588848963, 3684848379, 2340255427, 3638918503,
+            1819583497, 2678185683,
         ];
         assert_eq!(got, want);
         assert_eq!(got.iter().map(|v| v % 2).collect::<Vec<_>>(), [0, 1, 1, 0, 1, 1, 1, 1, 1, 1]);
@@ -348,7 +348,9 @@ mod tests {
     fn legacy_normals() {
         let mut rng = LegacyNumpy::new(0);
         let got: Vec<f64> = (0..4).map(|_| rng.randn()).collect();
-        for (a, b) in got.iter().zip([1.764052345967664, 0.4001572083672233, 0.9787379841057392, 2.240893199201458]) {
+        for (a, b) in
+            got.iter().zip([1.764052345967664, 0.4001572083672233, 0.9787379841057392, 2.240893199201458])
+        {
             assert!((a - b).abs() < 1e-15, "{a} {b}");
         }
     }
@@ -366,7 +368,10 @@ mod tests {
     fn pcg_doubles_and_wide_seed() {
         // np.random.default_rng(42).random(3) and default_rng(2**40 + 7).random(2).
         let mut rng = Pcg64::new(42);
-        assert_eq!([rng.next_f64(), rng.next_f64(), rng.next_f64()], [0.7739560485559633, 0.4388784397520523, 0.8585979199113825]);
+        assert_eq!(
+            [rng.next_f64(), rng.next_f64(), rng.next_f64()],
+            [0.7739560485559633, 0.4388784397520523, 0.8585979199113825]
+        );
         let mut rng = Pcg64::new((1 << 40) + 7);
         assert_eq!([rng.next_f64(), rng.next_f64()], [0.829812891829413, 0.25530515834910417]);
     }

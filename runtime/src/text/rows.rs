@@ -100,10 +100,13 @@ impl Layout {
         let mut get = |name: &str| values(name).ok_or_else(|| format!("column `{name}` is missing"));
         match self {
             Layout::Column(name) => match get(name)? {
-                Value::Array(items) if items.iter().any(Value::is_object) => messages(name, items).map(Row::Messages),
-                Value::Array(items) if items.len() != 1 => {
-                    Err(format!("column `{name}` holds a list of {} values where one text is wanted", items.len()))
+                Value::Array(items) if items.iter().any(Value::is_object) => {
+                    messages(name, items).map(Row::Messages)
                 }
+                Value::Array(items) if items.len() != 1 => Err(format!(
+                    "column `{name}` holds a list of {} values where one text is wanted",
+                    items.len()
+                )),
                 value => string(name, value).map(Row::Text),
             },
             Layout::Trace => {
@@ -185,7 +188,10 @@ mod tests {
 
     #[test]
     fn columns_by_priority() {
-        assert_eq!(read(json!({"messages": [], "text": "a", "question": "q", "answer": "b"}), None), text("a"));
+        assert_eq!(
+            read(json!({"messages": [], "text": "a", "question": "q", "answer": "b"}), None),
+            text("a")
+        );
         assert_eq!(read(json!({"question": "q", "answer": "b"}), None), text("q\nb"));
         assert_eq!(read(json!({"problem": "p", "solution": "", "answer": "3"}), None), text("p\n"));
         assert_eq!(read(json!({"problem": "p", "solution": "s", "answer": "3"}), Some("answer")), text("3"));
@@ -194,8 +200,13 @@ mod tests {
     #[test]
     fn traces_use_the_full_text() {
         assert_eq!(read(json!({"full_prompt": "P", "generated_text": "xyz"}), None), text("Pxyz\n\n"));
-        assert_eq!(read(json!({"full_prompt": "P", "generated_text": ["xyz", "no"]}), None), text("Pxyz\n\n"));
-        assert!(read(json!({"full_prompt": "P", "generated_text": []}), None).unwrap_err().contains("empty list"));
+        assert_eq!(
+            read(json!({"full_prompt": "P", "generated_text": ["xyz", "no"]}), None),
+            text("Pxyz\n\n")
+        );
+        assert!(
+            read(json!({"full_prompt": "P", "generated_text": []}), None).unwrap_err().contains("empty list")
+        );
     }
 
     #[test]

@@ -102,7 +102,8 @@ impl Format {
 }
 
 /// The readable forms, in the words of an error.
-pub(super) const READABLE: &str = ".parquet, .jsonl, .ndjson or .json (also with .zst or .gz), .txt, .raw or .md";
+pub(super) const READABLE: &str =
+    ".parquet, .jsonl, .ndjson or .json (also with .zst or .gz), .txt, .raw or .md";
 
 struct Listing {
     files: Vec<String>,
@@ -110,7 +111,8 @@ struct Listing {
 }
 
 fn list(folder: &Path) -> Result<Listing, TextError> {
-    let fault = |e: std::io::Error| TextError::at(folder, format!("cannot list the folder: {e}"), "check the path");
+    let fault =
+        |e: std::io::Error| TextError::at(folder, format!("cannot list the folder: {e}"), "check the path");
     let mut out = Listing { files: Vec::new(), folders: Vec::new() };
     for entry in std::fs::read_dir(folder).map_err(fault)? {
         let entry = entry.map_err(fault)?;
@@ -152,7 +154,9 @@ pub(super) fn find(folder: &Path, split: Split) -> Result<Vec<PathBuf>, TextErro
         None => seen.extend(top.folders.iter().map(|f| format!("{f}/"))),
     }
     let what = format!("no file of the {split} split here; the folder holds {}", name_list(&seen));
-    let hint = format!("give the file or sub-folder itself, another split, or name a file `{split}` with {READABLE}");
+    let hint = format!(
+        "give the file or sub-folder itself, another split, or name a file `{split}` with {READABLE}"
+    );
     Err(TextError::at(folder, what, hint))
 }
 
@@ -235,9 +239,10 @@ mod tests {
 
     #[test]
     fn sub_folders() {
-        assert_eq!(found(&["README.md", "main/test.jsonl", "socratic/test.jsonl"], Split::Test).unwrap(), [
-            "main/test.jsonl"
-        ]);
+        assert_eq!(
+            found(&["README.md", "main/test.jsonl", "socratic/test.jsonl"], Split::Test).unwrap(),
+            ["main/test.jsonl"]
+        );
         assert_eq!(found(&["only/train.json"], Split::Train).unwrap(), ["only/train.json"]);
         let err = found(&["a/train.json", "b/train.json", "notes.md"], Split::Train).unwrap_err();
         assert!(err.contains("`notes.md`, `a/`, `b/`"), "{err}");

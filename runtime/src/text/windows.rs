@@ -22,7 +22,9 @@ impl Sampling {
     /// The rule in words, for reports.
     pub fn describe(self) -> String {
         match self {
-            Sampling::Random { seed } => format!("windows start where Python's random.seed({seed}) puts them"),
+            Sampling::Random { seed } => {
+                format!("windows start where Python's random.seed({seed}) puts them")
+            }
             Sampling::First => "windows follow one another from the start of the text".into(),
         }
     }
@@ -80,7 +82,10 @@ pub fn eval_windows(
     limit: Option<usize>,
 ) -> Result<Vec<EvalWindow>, TextError> {
     if ctx < 2 {
-        return Err(fault(format!("a context of {ctx} tokens predicts nothing"), "use a context of at least 2"));
+        return Err(fault(
+            format!("a context of {ctx} tokens predicts nothing"),
+            "use a context of at least 2",
+        ));
     }
     if stride == 0 || stride > ctx {
         let hint = format!("use a stride from 1 to {ctx}; {ctx} means windows that do not overlap");
@@ -133,7 +138,7 @@ mod tests {
         assert_eq!(calibration_windows(9, 8, 2, random).unwrap(), [0..8, 0..8]);
         let err = calibration_windows(8, 8, 2, random).unwrap_err();
         assert!(err.what.contains("8 tokens") && err.hint.contains("at most 7"), "{err}");
-        assert_eq!(calibration_windows(8, 8, 2, Sampling::First).unwrap(), [0..8]);
+        assert_eq!(calibration_windows(17, 8, 3, Sampling::First).unwrap(), [0..8, 8..16]);
         assert!(calibration_windows(0, 8, 2, Sampling::First).is_err());
         assert!(calibration_windows(9, 0, 2, Sampling::First).is_err());
         assert!(calibration_windows(9, 8, 0, Sampling::First).is_err());
@@ -151,7 +156,8 @@ mod tests {
     #[test]
     fn overlapping_windows_score_each_token_once() {
         let got = eval_windows(20, 8, 3, None).unwrap();
-        let mut scored: Vec<usize> = got.iter().flat_map(|w| w.range.start + w.first_scored..w.range.end).collect();
+        let mut scored: Vec<usize> =
+            got.iter().flat_map(|w| w.range.start + w.first_scored..w.range.end).collect();
         assert_eq!(scored, (1..20).collect::<Vec<_>>());
         scored.dedup();
         assert_eq!(scored.len(), 19);
@@ -159,7 +165,9 @@ mod tests {
 
     #[test]
     fn bad_settings_are_refused() {
-        for (ctx, stride, limit) in [(1, 1, None), (8, 0, None), (8, 9, None), (8, 8, Some(0)), (21, 21, None)] {
+        for (ctx, stride, limit) in
+            [(1, 1, None), (8, 0, None), (8, 9, None), (8, 8, Some(0)), (21, 21, None)]
+        {
             assert!(eval_windows(20, ctx, stride, limit).is_err(), "{ctx} {stride} {limit:?}");
         }
     }

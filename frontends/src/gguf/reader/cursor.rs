@@ -88,7 +88,11 @@ impl<'a> Cursor<'a> {
             10 => Meta::Uint(self.u64(key)?),
             11 => Meta::Int(self.array(key).map(i64::from_le_bytes)?),
             12 => Meta::F64(self.array(key).map(f64::from_le_bytes)?),
-            _ => return Err(self.fail(format!("`{key}` has value type {kind}; 0 to 12 are known")).hint(FETCH_AGAIN)),
+            _ => {
+                return Err(self
+                    .fail(format!("`{key}` has value type {kind}; 0 to 12 are known"))
+                    .hint(FETCH_AGAIN));
+            }
         })
     }
 

@@ -1,5 +1,7 @@
 use std::fs;
 
+use proptest::prelude::*;
+
 use super::*;
 
 /// A header entry: name, dtype, shape, bytes.
@@ -92,7 +94,10 @@ fn headers_that_do_not_fit_the_file() {
     assert!(refusal(b"").contains("0 bytes"));
     assert!(refusal(&[1, 0, 0]).contains("3 bytes"));
     assert!(refusal(&100u64.to_le_bytes()).contains("claims 100 bytes, but the file ends after 8"));
-    assert!(refusal(&u64::MAX.to_le_bytes()).contains("claims 18446744073709551615 bytes, more than the 100000000"));
+    assert!(
+        refusal(&u64::MAX.to_le_bytes())
+            .contains("claims 18446744073709551615 bytes, more than the 100000000")
+    );
     let mut broken = bytes("{}", 0);
     broken[8] = 0xff;
     assert!(refusal(&broken).contains("not UTF-8 at its byte 0"));
@@ -157,7 +162,10 @@ fn index_refusal(index: &str) -> String {
 #[test]
 fn shards_are_read_through_their_index() {
     let dir = tempfile::tempdir().unwrap();
-    write_safetensors(&dir.path().join("s2.safetensors"), &[("b", "U8", &[2], 2), ("unlisted", "U8", &[1], 1)]);
+    write_safetensors(
+        &dir.path().join("s2.safetensors"),
+        &[("b", "U8", &[2], 2), ("unlisted", "U8", &[1], 1)],
+    );
     write_safetensors(&dir.path().join("s1.safetensors"), &[("a", "U8", &[2], 2), ("b", "U8", &[3], 3)]);
     let index = r#"{"metadata":{},"weight_map":{"b":"s2.safetensors","a":"s1.safetensors"}}"#;
     fs::write(dir.path().join(INDEX), index).unwrap();
@@ -185,4 +193,27 @@ fn indexes_that_are_none() {
     assert!(map(r#""a":"s1.safetensors","b":"s9.safetensors""#).contains("`s9.safetensors` (2 of 2)"));
     let absent = map(r#""a":"s1.safetensors","z":"s1.safetensors""#);
     assert!(absent.contains("`z` into `s1.safetensors`, which does not hold it"), "{absent}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever is broken, the answer is an error or a file whose tensors can be read.
+    #[test]
+    fn broken_files_never_panic(at in 0usize..400, with in "[-0-9\\[\\]{}\",:aU\\x00]{1,6}", cut in 0usize..900) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        write_safetensors(&path, &[("a", "U8", &[4], 4), ("b", "F32", &[2, 3], 24), ("c", "F16", &[], 2)]);
+        let mut bytes = fs::read(&path).unwrap();
+        let len = bytes.len();
+        let at = at % (len - 6);
+        bytes[at..at + with.len()].copy_from_slice(with.as_bytes());
+        bytes.truncate(if cut < len && cut % 3 == 0 { cut } else { len });
+        fs::write(&path, bytes).unwrap();
+        if let Ok(Some(folder)) = SafetensorsFolder::open(dir.path()) {
+            for (name, ty) in folder.tensors() {
+                prop_assert_eq!(ty.bytes(), Some(folder.raw(&name).unwrap().bytes.len()));
+            }
+        }
+    }
 }

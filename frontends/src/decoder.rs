@@ -1,0 +1,281 @@
+//! The one builder that turns a decoder configuration into functions.
+//!
+//! Names of values are part of the contract with passes; `docs/ir.md` lists them.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+use qrmc_ir::{
+    AttnAttr, BinaryOp, Builder, Diag, Dim, Elem, Func, Module, Op, Real, Shape, Sym, TensorType, ValueId,
+};
+
+use crate::arch::DecoderConfig;
+use crate::{Checkpoint, ImportError};
+
+/// Builds the module of a decoder over the tensors of a checkpoint.
+///
+/// # Errors
+/// If a tensor is missing, has another shape than the configuration says, or is one that the architecture does not use.
+pub fn build(path: &Path, config: &DecoderConfig, weights: &dyn Checkpoint) -> Result<Module, ImportError> {
+    let mut module = Module::new(config.facts.clone());
+    declare(&mut module, path, config, weights)?;
+    let internal = |d: Diag| ImportError::new(path, format!("the configuration does not make a model: {d}"));
+    let f = embed(&module).map_err(internal)?;
+    module.funcs.push(f);
+    for i in 0..config.facts.layers {
+        let f = layer(&module, config, i).map_err(internal)?;
+        module.funcs.push(f);
+    }
+    let f = head(&module, config).map_err(internal)?;
+    module.funcs.push(f);
+    let f = main(&module).map_err(internal)?;
+    module.funcs.push(f);
+    Ok(module)
+}
+
+/// Name and shape of every tensor that the configuration calls for.
+fn expected(c: &DecoderConfig) -> Vec<(String, Vec<u64>)> {
+    let f = &c.facts;
+    let (h, q, kv, inner) = (f.hidden, f.heads * f.head_dim, f.kv_heads * f.head_dim, f.intermediate);
+    let mut v = vec![("model.embed_tokens.weight".to_owned(), vec![f.vocab, h])];
+    for i in 0..f.layers {
+        let p = format!("model.layers.{i}");
+        let mut linear = |name: &str, rows: u64, cols: u64, bias: bool| {
+            v.push((format!("{p}.{name}.weight"), vec![rows, cols]));
+            if bias {
+                v.push((format!("{p}.{name}.bias"), vec![rows]));
+            }
+        };
+        linear("self_attn.q_proj", q, h, c.qkv_bias);
+        linear("self_attn.k_proj", kv, h, c.qkv_bias);
+        linear("self_attn.v_proj", kv, h, c.qkv_bias);
+        linear("self_attn.o_proj", h, q, c.o_bias);
+        linear("mlp.gate_proj", inner, h, c.mlp_bias);
+        linear("mlp.up_proj", inner, h, c.mlp_bias);
+        linear("mlp.down_proj", h, inner, c.mlp_bias);
+        v.push((format!("{p}.input_layernorm.weight"), vec![h]));
+        v.push((format!("{p}.post_attention_layernorm.weight"), vec![h]));
+        if c.qk_norm {
+            v.push((format!("{p}.self_attn.q_norm.weight"), vec![f.head_dim]));
+            v.push((format!("{p}.self_attn.k_norm.weight"), vec![f.head_dim]));
+        }
+    }
+    v.push(("model.norm.weight".to_owned(), vec![h]));
+    if !c.tied {
+        v.push(("lm_head.weight".to_owned(), vec![f.vocab, h]));
+    }
+    v
+}
+
+fn declare(
+    module: &mut Module,
+    path: &Path,
+    config: &DecoderConfig,
+    weights: &dyn Checkpoint,
+) -> Result<(), ImportError> {
+    let have: HashMap<String, TensorType> = weights.tensors().into_iter().collect();
+    let want = expected(config);
+    for (name, shape) in &want {
+        let Some(ty) = have.get(name) else {
+            return Err(ImportError::new(path, format!("tensor `{name}` is missing"))
+                .hint("the configuration calls for it; is a shard missing, or is this another model's config.json?"));
+        };
+        let shape = Shape(shape.iter().map(|&n| Dim::Fixed(n)).collect());
+        if ty.shape != shape {
+            let what = format!("tensor `{name}` is {}, the configuration says {shape}", ty.shape);
+            return Err(ImportError::new(path, what).hint("config.json and the weights belong to different models"));
+        }
+        if !matches!(ty.elem, Elem::F32 | Elem::F16 | Elem::BF16) {
+            return Err(ImportError::new(path, format!("tensor `{name}` is of type {}", ty.elem))
+                .hint("weights are f32, f16 or bf16"));
+        }
+        if let Err(other) = module.declare(name, ty.clone()) {
+            return Err(ImportError::new(path, format!("tensor `{name}` is listed as {ty} and as {other}")));
+        }
+    }
+    let want: HashSet<&str> = want.iter().map(|(n, _)| n.as_str()).collect();
+    let mut extra: Vec<&str> = have.keys().map(String::as_str).filter(|n| !want.contains(n)).collect();
+    extra.retain(|n| !n.ends_with(".rotary_emb.inv_freq"));
+    if config.tied && extra.contains(&"lm_head.weight") {
+        extra.retain(|n| *n != "lm_head.weight");
+        tied_head_is_the_embedding(path, weights)?;
+    }
+    extra.sort_unstable();
+    match extra.first() {
+        None => Ok(()),
+        Some(name) => {
+            let what = format!("tensor `{name}` is not part of a {} model ({} such)", config.facts.arch, extra.len());
+            Err(ImportError::new(path, what).hint("ignoring a tensor would change the model; config.json may be wrong"))
+        }
+    }
+}
+
+fn tied_head_is_the_embedding(path: &Path, weights: &dyn Checkpoint) -> Result<(), ImportError> {
+    let read = |name| weights.raw(name).map_err(|e| ImportError::new(path, e.to_string()));
+    if read("lm_head.weight")?.bytes == read("model.embed_tokens.weight")?.bytes {
+        return Ok(());
+    }
+    Err(ImportError::new(path, "`tie_word_embeddings` is true but `lm_head.weight` differs from the embedding")
+        .hint("set it to false if the model was trained with a head of its own"))
+}
+
+fn stream(module: &Module) -> TensorType {
+    TensorType::new(Elem::F32, vec![Sym::B.into(), Sym::S.into(), Dim::Fixed(module.facts.hidden)])
+}
+
+fn positions() -> TensorType {
+    TensorType::new(Elem::I32, vec![Sym::S.into()])
+}
+
+fn past(module: &Module) -> TensorType {
+    let width = module.facts.kv_heads * module.facts.head_dim;
+    TensorType::new(Elem::F32, vec![Sym::B.into(), Sym::P.into(), Dim::Fixed(width)])
+}
+
+fn tokens() -> TensorType {
+    TensorType::new(Elem::I32, vec![Sym::B.into(), Sym::S.into()])
+}
+
+fn weight(b: &mut Builder<'_>, name: &str) -> Result<ValueId, Diag> {
+    match b.module().find_weight(name) {
+        Some(id) => Ok(b.weight(id)),
+        None => Err(Diag::new("Q0107", format!("weight @{name} is not declared"))),
+    }
+}
+
+fn embed(module: &Module) -> Result<Func, Diag> {
+    let mut b = Builder::new(module, "embed");
+    let ids = b.param(Some("ids"), tokens());
+    let table = weight(&mut b, "model.embed_tokens.weight")?;
+    let y = b.op1(Op::Gather, &[table, ids])?;
+    b.name(y, "y");
+    Ok(b.finish(&[y]))
+}
+
+/// Builds one layer; `prefix` is that of its weights.
+struct Layer<'b, 'm> {
+    b: &'b mut Builder<'m>,
+    prefix: String,
+    config: &'b DecoderConfig,
+}
+
+impl Layer<'_, '_> {
+    fn weight(&mut self, name: &str) -> Result<ValueId, Diag> {
+        let name = format!("{}.{name}", self.prefix);
+        weight(self.b, &name)
+    }
+
+    fn named(&mut self, op: Op, ins: &[ValueId], name: &str) -> Result<ValueId, Diag> {
+        let v = self.b.op1(op, ins)?;
+        self.b.name(v, name);
+        Ok(v)
+    }
+
+    fn norm(&mut self, x: ValueId, gain: &str, name: &str) -> Result<ValueId, Diag> {
+        let gain = self.weight(&format!("{gain}.weight"))?;
+        self.named(Op::RmsNorm(self.config.eps), &[x, gain], name)
+    }
+
+    /// A linear layer; its product is named `name`, the sum with the bias `biased`.
+    fn linear(&mut self, x: ValueId, module: &str, bias: bool, name: &str, biased: &str) -> Result<ValueId, Diag> {
+        let w = self.weight(&format!("{module}.weight"))?;
+        let y = self.named(Op::MatMul { trans_b: true }, &[x, w], name)?;
+        if !bias {
+            return Ok(y);
+        }
+        let bias = self.weight(&format!("{module}.bias"))?;
+        self.named(Op::Binary(BinaryOp::Add), &[y, bias], biased)
+    }
+
+    fn head_norm(&mut self, x: ValueId, gain: &str, name: &str) -> Result<ValueId, Diag> {
+        let shape = self.b.ty(x).shape.clone();
+        let d = self.config.facts.head_dim;
+        let heads = shape.last().and_then(Dim::fixed).unwrap_or(0) as u64 / d;
+        let split = Shape(vec![shape.0[0], shape.0[1], Dim::Fixed(heads), Dim::Fixed(d)]);
+        let x = self.b.op1(Op::Reshape(split), &[x])?;
+        let gain = self.weight(&format!("{gain}.weight"))?;
+        let y = self.b.op1(Op::RmsNorm(self.config.eps), &[x, gain])?;
+        self.named(Op::Reshape(shape), &[y], name)
+    }
+}
+
+fn layer(module: &Module, config: &DecoderConfig, i: u64) -> Result<Func, Diag> {
+    let f = &config.facts;
+    let mut b = Builder::new(module, &format!("layer{i}"));
+    let x = b.param(Some("x"), stream(module));
+    let pos = b.param(Some("pos"), positions());
+    let k_past = b.param(Some("k_past"), past(module));
+    let v_past = b.param(Some("v_past"), past(module));
+    let mut l = Layer { b: &mut b, prefix: format!("model.layers.{i}"), config };
+
+    let attn_in = l.norm(x, "input_layernorm", "attn_in")?;
+    let mut q = l.linear(attn_in, "self_attn.q_proj", config.qkv_bias, "q_proj", "q")?;
+    let mut k = l.linear(attn_in, "self_attn.k_proj", config.qkv_bias, "k_proj", "k")?;
+    let v = l.linear(attn_in, "self_attn.v_proj", config.qkv_bias, "v_proj", "v")?;
+    if config.qk_norm {
+        q = l.head_norm(q, "self_attn.q_norm", "q_normed")?;
+        k = l.head_norm(k, "self_attn.k_norm", "k_normed")?;
+    }
+    let q = l.named(Op::Rope(config.rope), &[q, pos], "q_rope")?;
+    let k = l.named(Op::Rope(config.rope), &[k, pos], "k_rope")?;
+    let k_all = l.named(Op::CacheAppend, &[k_past, k], "k_all")?;
+    let v_all = l.named(Op::CacheAppend, &[v_past, v], "v_all")?;
+    let attr = AttnAttr {
+        heads: f.heads as u32,
+        kv_heads: f.kv_heads as u32,
+        scale: Real(1.0 / (f.head_dim as f64).sqrt()),
+    };
+    let o_in = l.named(Op::Attention(attr), &[q, k_all, v_all], "o_in")?;
+    let attn_out = l.linear(o_in, "self_attn.o_proj", config.o_bias, "o_proj", "attn_out")?;
+    // The output of a block has its name whether or not there is a bias.
+    l.b.name(attn_out, "attn_out");
+    let x_mid = l.named(Op::Binary(BinaryOp::Add), &[x, attn_out], "x_mid")?;
+
+    let mlp_in = l.norm(x_mid, "post_attention_layernorm", "mlp_in")?;
+    let gate = l.linear(mlp_in, "mlp.gate_proj", config.mlp_bias, "gate_proj", "gate")?;
+    let up = l.linear(mlp_in, "mlp.up_proj", config.mlp_bias, "up_proj", "up")?;
+    let act = l.b.op1(Op::Silu, &[gate])?;
+    let down_in = l.named(Op::Binary(BinaryOp::Mul), &[act, up], "down_in")?;
+    let mlp_out = l.linear(down_in, "mlp.down_proj", config.mlp_bias, "down_proj", "mlp_out")?;
+    l.b.name(mlp_out, "mlp_out");
+    let y = l.named(Op::Binary(BinaryOp::Add), &[x_mid, mlp_out], "y")?;
+    Ok(b.finish(&[y, k_all, v_all]))
+}
+
+fn head(module: &Module, config: &DecoderConfig) -> Result<Func, Diag> {
+    let mut b = Builder::new(module, "head");
+    let x = b.param(Some("x"), stream(module));
+    let gain = weight(&mut b, "model.norm.weight")?;
+    let normed = b.op1(Op::RmsNorm(config.eps), &[x, gain])?;
+    b.name(normed, "head_in");
+    let table = if config.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+    let table = weight(&mut b, table)?;
+    let logits = b.linear(normed, table)?;
+    b.name(logits, "logits");
+    Ok(b.finish(&[logits]))
+}
+
+/// `@main(ids, pos, k_past0, v_past0, ..) -> (logits, k_all0, v_all0, ..)`
+fn main(module: &Module) -> Result<Func, Diag> {
+    let mut b = Builder::new(module, "main");
+    let ids = b.param(Some("ids"), tokens());
+    let pos = b.param(Some("pos"), positions());
+    let func = |name: &str| module.find_func(name).ok_or_else(|| Diag::new("Q0302", format!("@{name} is not built")));
+    let mut x = b.op1(Op::Call(func("embed")?), &[ids])?;
+    let mut caches = Vec::new();
+    let mut pasts = Vec::new();
+    for i in 0..module.layers().len() {
+        let k = b.param(Some(&format!("k_past{i}")), past(module));
+        let v = b.param(Some(&format!("v_past{i}")), past(module));
+        pasts.push((k, v));
+    }
+    for (layer, (k, v)) in module.layers().into_iter().zip(pasts) {
+        let outs = b.op(Op::Call(layer), &[x, pos, k, v])?;
+        x = outs[0];
+        caches.extend([outs[1], outs[2]]);
+    }
+    let logits = b.op1(Op::Call(func("head")?), &[x])?;
+    b.name(logits, "logits");
+    caches.insert(0, logits);
+    Ok(b.finish(&caches))
+}

@@ -1,0 +1,228 @@
+//! Writing safetensors a tensor at a time: headers are known before any data is.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use qrmc_ir::{Data, Elem, Tensor, TensorType};
+use serde_json::{Map, Value, json};
+
+use super::ArtefactError;
+
+/// A tensor that will be written.
+#[derive(Clone, PartialEq, Debug)]
+pub struct TensorPlan {
+    /// Name.
+    pub name: String,
+    /// Logical type with a fixed shape.
+    pub ty: TensorType,
+}
+
+impl TensorPlan {
+    /// Bytes in storage.
+    pub fn bytes(&self) -> u64 {
+        self.ty.bytes().unwrap_or(0) as u64
+    }
+
+    /// The type and shape that a safetensors header gives it: codes are rows of bytes.
+    fn stored(&self) -> (&'static str, Vec<usize>) {
+        let mut shape = self.ty.shape.as_fixed().unwrap_or_default();
+        let dtype = match self.ty.elem {
+            Elem::F32 => "F32",
+            Elem::F16 => "F16",
+            Elem::BF16 => "BF16",
+            Elem::F64 => "F64",
+            Elem::I32 => "I32",
+            Elem::I8 => "I8",
+            Elem::U8 => "U8",
+            Elem::Quant(_) => {
+                if let Some(last) = shape.last_mut() {
+                    *last = self.ty.elem.row_bytes(*last);
+                }
+                "U8"
+            }
+        };
+        (dtype, shape)
+    }
+}
+
+/// Writes planned tensors, in order, into numbered shards of a folder.
+pub struct ShardWriter {
+    folder: PathBuf,
+    shards: Vec<Vec<TensorPlan>>,
+    shard: usize,
+    next: usize,
+    out: Option<BufWriter<File>>,
+}
+
+impl ShardWriter {
+    /// Divides the tensors into shards of at most `shard_bytes`; one that is larger stands alone.
+    pub fn new(folder: &Path, plan: Vec<TensorPlan>, shard_bytes: u64) -> Self {
+        let mut shards: Vec<Vec<TensorPlan>> = vec![Vec::new()];
+        let mut size = 0u64;
+        for t in plan {
+            let bytes = t.bytes();
+            match shards.last_mut() {
+                Some(last) if last.is_empty() || size + bytes <= shard_bytes => last.push(t),
+                _ => {
+                    size = 0;
+                    shards.push(vec![t]);
+                }
+            }
+            size += bytes;
+        }
+        ShardWriter { folder: folder.to_owned(), shards, shard: 0, next: 0, out: None }
+    }
+
+    /// Number of shards.
+    pub fn count(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// File name of shard `i`.
+    pub fn file_name(&self, i: usize) -> String {
+        if self.shards.len() == 1 {
+            return "model.safetensors".into();
+        }
+        format!("model-{:05}-of-{:05}.safetensors", i + 1, self.shards.len())
+    }
+
+    /// Names of the tensors of each shard.
+    pub fn names(&self) -> impl Iterator<Item = (String, impl Iterator<Item = &str>)> {
+        self.shards.iter().enumerate().map(|(i, s)| (self.file_name(i), s.iter().map(|t| t.name.as_str())))
+    }
+
+    /// Writes the next planned tensor; gives the name of its file.
+    ///
+    /// # Errors
+    /// If the name or the length is not the planned one, or the file cannot be written.
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<String, ArtefactError> {
+        while self.shards.get(self.shard).is_some_and(|s| self.next == s.len()) {
+            self.close()?;
+            self.shard += 1;
+            self.next = 0;
+        }
+        let file = self.file_name(self.shard);
+        let path = self.folder.join(&file);
+        let planned = self.shards.get(self.shard).and_then(|s| s.get(self.next));
+        if planned.is_none_or(|p| p.name != name || p.bytes() != bytes.len() as u64) {
+            let want = planned.map_or("nothing".to_owned(), |p| format!("`{}` of {} bytes", p.name, p.bytes()));
+            let what = format!("`{name}` of {} bytes stands where {want} was planned", bytes.len());
+            return Err(ArtefactError::new(&path, what));
+        }
+        let out = match &mut self.out {
+            Some(out) => out,
+            None => {
+                let f = File::create(&path).map_err(|e| ArtefactError::io(&path, "create", &e))?;
+                let mut out = BufWriter::with_capacity(1 << 20, f);
+                out.write_all(&header(&self.shards[self.shard])).map_err(|e| ArtefactError::io(&path, "write", &e))?;
+                self.out.insert(out)
+            }
+        };
+        out.write_all(bytes).map_err(|e| ArtefactError::io(&path, "write", &e))?;
+        self.next += 1;
+        Ok(file)
+    }
+
+    fn close(&mut self) -> Result<(), ArtefactError> {
+        let Some(out) = self.out.take() else { return Ok(()) };
+        let path = self.folder.join(self.file_name(self.shard));
+        let f = out.into_inner().map_err(|e| ArtefactError::io(&path, "write", e.error()))?;
+        f.sync_all().map_err(|e| ArtefactError::io(&path, "write", &e))
+    }
+
+    /// Ends the last shard.
+    ///
+    /// # Errors
+    /// If a planned tensor was not written, or the file cannot be written.
+    pub fn finish(mut self) -> Result<(), ArtefactError> {
+        self.close()?;
+        let written = self.shard + 1 >= self.shards.len() && self.shards.last().is_none_or(|s| s.len() == self.next);
+        if written { Ok(()) } else { Err(ArtefactError::new(&self.folder, "planned tensors were not written")) }
+    }
+}
+
+fn header(tensors: &[TensorPlan]) -> Vec<u8> {
+    let mut map = Map::new();
+    map.insert("__metadata__".into(), json!({ "format": "pt" }));
+    let mut at = 0u64;
+    for t in tensors {
+        let (dtype, shape) = t.stored();
+        let end = at + t.bytes();
+        map.insert(t.name.clone(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [at, end] }));
+        at = end;
+    }
+    let mut text = Value::Object(map).to_string().into_bytes();
+    // Data starts on a multiple of 8 bytes, as the reference writer has it.
+    while !text.len().is_multiple_of(8) {
+        text.push(b' ');
+    }
+    let mut out = (text.len() as u64).to_le_bytes().to_vec();
+    out.append(&mut text);
+    out
+}
+
+/// Writes host tensors to one safetensors file, whole or not at all.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), ArtefactError> {
+    let plan: Vec<TensorPlan> =
+        tensors.iter().map(|(name, t)| TensorPlan { name: name.clone(), ty: t.ty() }).collect();
+    let mut bytes = header(&plan);
+    for (_, t) in tensors {
+        bytes.extend(t.to_le_bytes(t.elem()).map_err(|e| ArtefactError::new(path, e))?);
+    }
+    let hash = qrmc_ir::Hash::of([&bytes[..]]);
+    let temporary = path.with_extension("tmp");
+    let write = || -> std::io::Result<()> {
+        let mut f = File::create(&temporary)?;
+        // The hash in front tells a damaged file from a good one.
+        f.write_all(&hash.0)?;
+        f.write_all(&bytes)?;
+        f.sync_all()?;
+        std::fs::rename(&temporary, path)
+    };
+    write().map_err(|e| ArtefactError::io(path, "write", &e))
+}
+
+/// Reads what [`write_tensors`] wrote; `None` if the file is missing or damaged.
+pub fn read_tensors(path: &Path) -> Option<Vec<(String, Tensor)>> {
+    let bytes = std::fs::read(path).ok()?;
+    let (hash, bytes) = bytes.split_at_checked(32)?;
+    if qrmc_ir::Hash::of([bytes]).0 != *hash {
+        return None;
+    }
+    let (len, rest) = bytes.split_at_checked(8)?;
+    let len = usize::try_from(u64::from_le_bytes(len.try_into().ok()?)).ok()?;
+    let (head, data) = rest.split_at_checked(len)?;
+    let head: Map<String, Value> = serde_json::from_slice(head).ok()?;
+    let mut out = Vec::new();
+    for (name, info) in head.iter().filter(|(n, _)| *n != "__metadata__") {
+        let shape: Vec<usize> = serde_json::from_value(info["shape"].clone()).ok()?;
+        let [from, to]: [usize; 2] = serde_json::from_value(info["data_offsets"].clone()).ok()?;
+        let data = data.get(from..to)?;
+        let elem = match info["dtype"].as_str()? {
+            "F32" => Elem::F32,
+            "F64" => Elem::F64,
+            "I32" => Elem::I32,
+            "I8" => Elem::I8,
+            "U8" => Elem::U8,
+            _ => return None,
+        };
+        out.push((name.clone(), Tensor::from_le_bytes(elem, &shape, data).ok()?));
+    }
+    Some(out)
+}
+
+/// Bytes of a host tensor in a declared type: floats rounded, codes packed.
+pub(crate) fn stored_bytes(t: &Tensor, ty: &TensorType) -> Result<Vec<u8>, String> {
+    match (ty.elem, t.data()) {
+        (Elem::Quant(spec), _) => qrmc_ir::pack::pack(t, spec),
+        (elem, Data::F32(v)) => match v.iter().position(|x| !x.is_finite()) {
+            None => t.to_le_bytes(elem),
+            Some(at) => Err(format!("element {at} is NaN or infinite")),
+        },
+        (elem, _) => t.to_le_bytes(elem),
+    }
+}

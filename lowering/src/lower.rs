@@ -1,0 +1,334 @@
+//! Functions become programs: large operations stay or expand as the target says, weight-derived values move into
+//! an initialiser, epilogues fuse, and values share buffers.
+
+use std::collections::HashMap;
+
+use qrmc_ir::{
+    Diag, Elem, Func, Module, Node, Op, Place, TensorType, ValueId, Verified, expand, extract, infer, rewrite,
+};
+
+use crate::program::{Arg, Buffer, Const, Kernel, Program, Size, Step, is_bias_add};
+use crate::target::{Legality, Target};
+
+/// Lowers every function of a verified module.
+///
+/// # Errors
+/// What the target refuses, with the place.
+pub fn lower(module: Verified<'_>, target: &dyn Target) -> Result<Vec<Program>, Diag> {
+    let module = module.module();
+    module.funcs.iter().map(|f| lower_func(module, f, target)).collect()
+}
+
+/// Lowers one function, which need not be part of the module whose weights and functions it uses.
+///
+/// # Errors
+/// If the function breaks a type rule (`Q01..`), or an operation is one that the target refuses (`Q0501`).
+pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<Program, Diag> {
+    check_types(module, func)?;
+    let legal = legalize(module, func, target)?;
+    let derived = legal.weight_derived();
+    // Without parameters there is nothing to prepare for: all of it runs once.
+    let hoist = !legal.params.is_empty();
+    let mut l = Lowering {
+        func: &legal,
+        derived: if hoist { derived } else { vec![false; legal.value_count()] },
+        args: HashMap::new(),
+        weights: weight_order(&legal),
+        derived_roots: Vec::new(),
+        program: Program {
+            name: func.name.clone(),
+            params: legal.params.iter().map(|&p| legal.ty(p).clone()).collect(),
+            weights: Vec::new(),
+            init: None,
+            consts: Vec::new(),
+            buffers: Vec::new(),
+            steps: Vec::new(),
+            results: Vec::new(),
+        },
+        plan: Plan::of(&legal),
+    };
+    l.program.weights = l.weights.iter().map(|(_, ty)| ty.clone()).collect();
+    l.run();
+    let roots = std::mem::take(&mut l.derived_roots);
+    let mut program = l.program;
+    if !roots.is_empty() {
+        // The initialiser sees the same weights in the same order, used or not.
+        let f = extract(module, &legal, &format!("{}.init", func.name), &[], &roots)?;
+        let mut init = lower_func(module, &f, target)?;
+        renumber_weights(&mut init, &weight_order(&f), &weight_order(&legal));
+        init.weights.clone_from(&program.weights);
+        program.init = Some(Box::new(init));
+    }
+    Ok(program)
+}
+
+/// The weights of a function in the order of first use: what the weight indices of its program mean.
+pub fn weight_order(func: &Func) -> Vec<(qrmc_ir::WeightId, TensorType)> {
+    let mut order: Vec<(qrmc_ir::WeightId, TensorType)> = Vec::new();
+    for node in &func.nodes {
+        if let Op::Weight(w) = node.op {
+            if !order.iter().any(|(o, _)| *o == w) {
+                order.push((w, func.ty(node.outs[0]).clone()));
+            }
+        }
+    }
+    order
+}
+
+fn renumber_weights(
+    program: &mut Program,
+    from: &[(qrmc_ir::WeightId, TensorType)],
+    to: &[(qrmc_ir::WeightId, TensorType)],
+) {
+    let map = |i: &mut u32| {
+        let id = from[*i as usize].0;
+        *i = to.iter().position(|(w, _)| *w == id).unwrap_or(0) as u32;
+    };
+    for (c, _) in &mut program.consts {
+        match c {
+            Const::Weight(w) => map(w),
+            Const::Packed { codes, scale, zero } => {
+                map(codes);
+                map(scale);
+                zero.iter_mut().for_each(map);
+            }
+            Const::Derived(_) => {}
+        }
+    }
+}
+
+fn check_types(module: &Module, func: &Func) -> Result<(), Diag> {
+    for node in &func.nodes {
+        let ins: Vec<&TensorType> = node.ins.iter().map(|&v| func.ty(v)).collect();
+        let outs: Vec<&TensorType> = node.outs.iter().map(|&v| func.ty(v)).collect();
+        let at = |d: Diag| d.at(place(func, node));
+        if infer(module, &node.op, &ins).map_err(at)?.iter().collect::<Vec<_>>() != outs {
+            return Err(at(Diag::new("Q0104", "recorded types differ from the operation's")));
+        }
+    }
+    Ok(())
+}
+
+fn place(func: &Func, node: &Node) -> Place {
+    let value = node.outs.first().map(|&o| func.show(o).to_string());
+    Place { func: Some(func.name.clone()), value, line: None }
+}
+
+/// Expands what the target has no kernel for, until nothing changes.
+fn legalize(module: &Module, func: &Func, target: &dyn Target) -> Result<Func, Diag> {
+    let mut current = qrmc_ir::prune(func);
+    loop {
+        let mut changed = false;
+        let next = rewrite(module, &current, |b, node, ins| {
+            let in_tys: Vec<&TensorType> = node.ins.iter().map(|&v| current.ty(v)).collect();
+            let out_tys: Vec<&TensorType> = node.outs.iter().map(|&v| current.ty(v)).collect();
+            match target.legality(&node.op, &in_tys, &out_tys) {
+                Legality::Native => Ok(None),
+                Legality::Refuse(why) => {
+                    let m = format!("target {} cannot run `{}`: {why}", target.name(), node.op.text().0);
+                    Err(Diag::new("Q0501", m).at(place(&current, node)))
+                }
+                Legality::Expand => {
+                    let outs = expand(b, &node.op, ins)?;
+                    changed = true;
+                    outs.map(Some).ok_or_else(|| {
+                        let m = format!("target {} has no kernel for `{}`", target.name(), node.op.text().0);
+                        Diag::new("Q0501", m).at(place(&current, node))
+                    })
+                }
+            }
+        })?;
+        if !changed {
+            return Ok(next);
+        }
+        current = next;
+    }
+}
+
+/// When buffers are free: for each value, the last node that reads it, and the value whose buffer it shares.
+struct Plan {
+    last_use: Vec<usize>,
+    alias: Vec<ValueId>,
+}
+
+impl Plan {
+    fn of(func: &Func) -> Self {
+        let mut alias: Vec<ValueId> = func.value_ids().collect();
+        for node in func.nodes.iter().filter(|n| matches!(n.op, Op::Reshape(_))) {
+            alias[node.outs[0].0 as usize] = alias[node.ins[0].0 as usize];
+        }
+        let mut last_use = vec![0; func.value_count()];
+        for (n, node) in func.nodes.iter().enumerate() {
+            for v in node.ins.iter().chain(&node.outs) {
+                last_use[alias[v.0 as usize].0 as usize] = n;
+            }
+        }
+        for r in &func.results {
+            last_use[alias[r.0 as usize].0 as usize] = usize::MAX;
+        }
+        Plan { last_use, alias }
+    }
+}
+
+struct Lowering<'a> {
+    func: &'a Func,
+    derived: Vec<bool>,
+    args: HashMap<ValueId, Arg>,
+    weights: Vec<(qrmc_ir::WeightId, TensorType)>,
+    derived_roots: Vec<ValueId>,
+    program: Program,
+    plan: Plan,
+}
+
+impl Lowering<'_> {
+    fn run(&mut self) {
+        let func = self.func;
+        for (i, &p) in func.params.iter().enumerate() {
+            self.args.insert(p, Arg::Param(i as u32));
+        }
+        let users = func.users();
+        let mut done = vec![false; func.nodes.len()];
+        let mut busy: Vec<Option<usize>> = Vec::new();
+        for (n, node) in func.nodes.iter().enumerate() {
+            let constant = matches!(node.op, Op::Weight(_)) || self.derived[node.outs[0].0 as usize];
+            if done[n] || constant {
+                continue;
+            }
+            if matches!(node.op, Op::Reshape(_)) {
+                let arg = self.arg(node.ins[0]);
+                self.args.insert(node.outs[0], arg);
+                continue;
+            }
+            let (kernel, mut ins, outs) = (Kernel::Op(node.op.clone()), node.ins.clone(), node.outs.clone());
+            let (kernel, outs) = self.fuse(kernel, &mut ins, outs, &users, &mut done, n);
+            let ins: Vec<(Arg, TensorType)> = ins.iter().map(|&v| (self.arg(v), func.ty(v).clone())).collect();
+            let mut out_slots = Vec::new();
+            for &o in &outs {
+                let slot = self.buffer(o, &mut busy);
+                self.args.insert(o, Arg::Buffer(slot));
+                out_slots.push((slot, func.ty(o).clone()));
+            }
+            self.program.steps.push(Step { kernel, ins, outs: out_slots });
+            // What was read for the last time here, or never, is free from the next step on.
+            for b in &mut busy {
+                if b.is_some_and(|last| last <= n) {
+                    *b = None;
+                }
+            }
+        }
+        let results = func.results.clone();
+        self.program.results = results.iter().map(|&r| (self.arg(r), func.ty(r).clone())).collect();
+    }
+
+    /// Recognises `linear`, `linear + bias` and `silu * up`; marks the nodes that the kernel takes over.
+    fn fuse(
+        &self,
+        kernel: Kernel,
+        ins: &mut Vec<ValueId>,
+        outs: Vec<ValueId>,
+        users: &[Vec<usize>],
+        done: &mut [bool],
+        at: usize,
+    ) -> (Kernel, Vec<ValueId>) {
+        let func = self.func;
+        let only_user = |v: ValueId| match users[v.0 as usize][..] {
+            [n] if !func.results.contains(&v) => Some((n, &func.nodes[n])),
+            _ => None,
+        };
+        let ready = |v: ValueId| match func.value(v).def {
+            qrmc_ir::Def::Param(_) => true,
+            qrmc_ir::Def::Node(n, _) => (n as usize) < at || self.is_const(v),
+        };
+        match kernel {
+            Kernel::Op(Op::MatMul { trans_b: true }) if self.is_const(ins[1]) && func.ty(ins[1]).shape.rank() == 2 => {
+                if let Some((n, next)) = only_user(outs[0]) {
+                    let other = next.ins.iter().find(|v| **v != outs[0]).copied();
+                    let bias = other.filter(|&b| is_bias_add(&next.op, func.ty(b), func.ty(outs[0])));
+                    if let Some(bias) = bias.filter(|&b| self.is_const(b)) {
+                        ins.push(bias);
+                        done[n] = true;
+                        return (Kernel::Linear, next.outs.clone());
+                    }
+                }
+                (Kernel::Linear, outs)
+            }
+            Kernel::Op(Op::Silu) => {
+                if let Some((n, next)) = only_user(outs[0]) {
+                    let other = next.ins.iter().find(|v| **v != outs[0]).copied();
+                    if let (Op::Binary(qrmc_ir::BinaryOp::Mul), Some(up)) = (&next.op, other) {
+                        if ready(up) && func.ty(up) == func.ty(outs[0]) {
+                            ins.push(up);
+                            done[n] = true;
+                            return (Kernel::SiluMul, next.outs.clone());
+                        }
+                    }
+                }
+                (kernel, outs)
+            }
+            _ => (kernel, outs),
+        }
+    }
+
+    fn is_const(&self, v: ValueId) -> bool {
+        self.derived[v.0 as usize] || self.func.as_weight(v).is_some()
+    }
+
+    fn arg(&mut self, v: ValueId) -> Arg {
+        if let Some(&a) = self.args.get(&v) {
+            return a;
+        }
+        let c = match self.func.def_node(v) {
+            Some(Node { op: Op::Weight(w), .. }) => Const::Weight(self.weight_index(*w)),
+            Some(Node { op: Op::DCast, ins, .. }) if ins.iter().all(|&i| self.func.as_weight(i).is_some()) => {
+                let index = |i: &ValueId| self.func.as_weight(*i).map_or(0, |w| self.weight_index(w));
+                Const::Packed { codes: index(&ins[0]), scale: index(&ins[1]), zero: ins.get(2).map(index) }
+            }
+            _ => {
+                self.derived_roots.push(v);
+                Const::Derived(self.derived_roots.len() as u32 - 1)
+            }
+        };
+        let a = Arg::Const(self.program.consts.len() as u32);
+        self.program.consts.push((c, self.func.ty(v).clone()));
+        self.args.insert(v, a);
+        a
+    }
+
+    fn weight_index(&self, w: qrmc_ir::WeightId) -> u32 {
+        self.weights.iter().position(|(o, _)| *o == w).unwrap_or(0) as u32
+    }
+
+    fn buffer(&mut self, v: ValueId, busy: &mut Vec<Option<usize>>) -> u32 {
+        let size = Size::of(&self.func.ty(v).shape);
+        let elem = host_elem(self.func.ty(v).elem);
+        let until = self.plan.last_use[self.plan.alias[v.0 as usize].0 as usize];
+        let free = |want_same: bool| {
+            self.program
+                .buffers
+                .iter()
+                .enumerate()
+                .position(|(i, b)| busy[i].is_none() && b.elem == elem && (!want_same || b.sizes.contains(&size)))
+        };
+        let slot = free(true).or_else(|| free(false)).unwrap_or_else(|| {
+            self.program.buffers.push(Buffer { elem, sizes: Vec::new() });
+            busy.push(None);
+            self.program.buffers.len() - 1
+        });
+        busy[slot] = Some(until);
+        let sizes = &mut self.program.buffers[slot].sizes;
+        if !sizes.contains(&size) {
+            sizes.push(size);
+        }
+        slot as u32
+    }
+}
+
+/// The element type in which a value lives in host memory.
+fn host_elem(elem: Elem) -> Elem {
+    match elem {
+        Elem::F16 | Elem::BF16 | Elem::F32 => Elem::F32,
+        Elem::Quant(q) if q.signed => Elem::I8,
+        Elem::Quant(_) => Elem::U8,
+        other => other,
+    }
+}

@@ -1,0 +1,227 @@
+//! Calibration: text streamed through the model a layer at a time, and the store of finished steps.
+
+use qrmc_ir::{EngineError, FuncId, Hash, Tensor, print_func};
+
+use crate::pass::{PassCx, PassError};
+use crate::unit::Unit;
+
+/// Tokens that run through a layer at a time. A constant: sums over batches must not depend on the machine.
+const BATCH_TOKENS: usize = 2048;
+
+/// Windows of calibration text.
+#[derive(Clone, Debug)]
+pub struct Calibration {
+    /// Windows of one length.
+    pub windows: Vec<Vec<i32>>,
+    /// Where they are from, for people and for the recipe.
+    pub description: String,
+}
+
+impl Calibration {
+    /// Length of a window.
+    pub fn seqlen(&self) -> usize {
+        self.windows.first().map_or(0, Vec::len)
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.windows.len() * self.seqlen()
+    }
+
+    /// Identity of the tokens.
+    pub fn hash(&self) -> Hash {
+        let bytes: Vec<Vec<u8>> =
+            self.windows.iter().map(|w| w.iter().flat_map(|t| t.to_le_bytes()).collect()).collect();
+        Hash::of(bytes.iter().map(Vec::as_slice))
+    }
+
+    fn batches(&self) -> impl Iterator<Item = Tensor> + '_ {
+        let per = (BATCH_TOKENS / self.seqlen().max(1)).max(1);
+        self.windows.chunks(per).map(|w| Tensor::i32([w.len(), self.seqlen()], w.concat()))
+    }
+}
+
+/// Keeps the results of finished steps by key, so that a run that was killed goes on where it was.
+pub trait StepStore {
+    /// The tensors kept under a key; `None` if there are none or they are damaged.
+    fn get(&self, key: &Hash) -> Option<Vec<(String, Tensor)>>;
+
+    /// Keeps tensors under a key, whole or not at all.
+    ///
+    /// # Errors
+    /// A sentence, if they cannot be written.
+    fn put(&self, key: &Hash, tensors: &[(String, Tensor)]) -> Result<(), String>;
+
+    /// Forgets a key.
+    fn forget(&self, key: &Hash);
+}
+
+/// Keeps nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoStore;
+
+impl StepStore for NoStore {
+    fn get(&self, _key: &Hash) -> Option<Vec<(String, Tensor)>> {
+        None
+    }
+    fn put(&self, _key: &Hash, _tensors: &[(String, Tensor)]) -> Result<(), String> {
+        Ok(())
+    }
+    fn forget(&self, _key: &Hash) {}
+}
+
+/// One layer during calibration.
+pub struct LayerRun<'a> {
+    /// Which layer.
+    pub index: usize,
+    /// How many there are.
+    pub total: usize,
+    /// Its function.
+    pub func: FuncId,
+    /// The residual stream before the layer, in batches `[B, S, hidden]`, as the float model computes it.
+    pub stream: &'a [Tensor],
+}
+
+impl LayerRun<'_> {
+    /// The arguments of the layer's function for one batch.
+    pub fn args(&self, unit: &Unit, batch: &Tensor) -> [Tensor; 4] {
+        layer_args(unit, batch.clone())
+    }
+}
+
+pub(crate) fn layer_args(unit: &Unit, x: Tensor) -> [Tensor; 4] {
+    let facts = &unit.module.facts;
+    let (b, s) = (x.shape()[0], x.shape()[1]);
+    let empty = Tensor::zeros([b, 0, (facts.kv_heads * facts.head_dim) as usize]);
+    [x, Tensor::i32([s], (0..s as i32).collect()), empty.clone(), empty]
+}
+
+/// Results of one layer: named tensors, and the losses that were measured.
+pub(crate) type LayerResult = Vec<(String, Tensor)>;
+
+/// Streams the calibration text through the layers. For each layer, `work` computes named tensors from the layer and
+/// its inputs; `apply` puts them into the unit. Results are kept in the store under a key of everything that they
+/// depend on; where they are found there, only `apply` runs.
+pub(crate) fn walk_layers(
+    unit: &mut Unit,
+    cx: &mut PassCx<'_>,
+    pass: &str,
+    work: &mut dyn FnMut(&Unit, &mut PassCx<'_>, &LayerRun<'_>) -> Result<LayerResult, PassError>,
+    apply: &mut dyn FnMut(&mut Unit, &mut PassCx<'_>, usize, FuncId, LayerResult) -> Result<(), PassError>,
+) -> Result<(), PassError> {
+    let Some(calibration) = cx.calibration else {
+        return Err(PassError::Calibration {
+            what: format!("`{pass}` needs calibration text"),
+            hint: "give some with --calib PATH: a text, jsonl or parquet file, or a data set folder".into(),
+        });
+    };
+    let layers = unit.module.layers();
+    let mut key = Hash::of([
+        cx.source_key.as_bytes(),
+        pass.as_bytes(),
+        &calibration.hash().0,
+        weights_hash(unit).hex().as_bytes(),
+        unit.module.find_func("embed").map(|f| print_func(&unit.module, unit.module.func(f))).unwrap_or_default().as_bytes(),
+    ]);
+    let keys: Vec<Hash> = layers
+        .iter()
+        .map(|&f| {
+            key = Hash::of([&key.0[..], print_func(&unit.module, unit.module.func(f)).as_bytes()]);
+            key
+        })
+        .collect();
+    let stream_key = |k: &Hash| Hash::of([&k.0[..], b"stream"]);
+    // The layers of the module as it was: their float function is what the stream goes through.
+    let before = unit.clone();
+    let mut stream: Option<Vec<Tensor>> = None;
+    for (index, &func) in layers.iter().enumerate() {
+        if cx.report.interrupted() {
+            return Err(PassError::Interrupted);
+        }
+        if let Some(found) = cx.store.get(&keys[index]) {
+            apply(unit, cx, index, func, found)?;
+            cx.report.progress(pass, index + 1, layers.len(), "kept from before");
+            // The stream behind the last finished layer was kept; only the first unfinished layer asks for it.
+            stream = None;
+            continue;
+        }
+        let inputs = match stream.take() {
+            Some(s) => s,
+            None => recover_stream(&before, cx, calibration, &layers, index, &keys, stream_key)?,
+        };
+        let run = LayerRun { index, total: layers.len(), func, stream: &inputs };
+        let result = work(unit, cx, &run)?;
+        let next = advance(&before, cx, func, inputs)?;
+        // The stream goes first: a kept result without its stream would cost a run through all layers before it.
+        let named: Vec<(String, Tensor)> =
+            next.iter().enumerate().map(|(i, t)| (format!("batch{i}"), t.clone())).collect();
+        cx.store.put(&stream_key(&keys[index]), &named).map_err(PassError::Store)?;
+        cx.store.put(&keys[index], &result).map_err(PassError::Store)?;
+        if index > 0 {
+            cx.store.forget(&stream_key(&keys[index - 1]));
+        }
+        apply(unit, cx, index, func, result)?;
+        stream = Some(next);
+    }
+    if let Some(last) = keys.last() {
+        cx.store.forget(&stream_key(last));
+    }
+    Ok(())
+}
+
+/// Identity of the tensors that earlier passes have made.
+fn weights_hash(unit: &Unit) -> Hash {
+    let mut h = Hash::of([]);
+    for (name, t) in unit.weights.own() {
+        let bytes = t.to_le_bytes(t.elem()).unwrap_or_default();
+        h = Hash::of([&h.0[..], name.as_bytes(), &bytes]);
+    }
+    h
+}
+
+/// The stream before layer `index`: kept, or computed from the tokens.
+fn recover_stream(
+    unit: &Unit,
+    cx: &mut PassCx<'_>,
+    calibration: &Calibration,
+    layers: &[FuncId],
+    index: usize,
+    keys: &[Hash],
+    stream_key: impl Fn(&Hash) -> Hash,
+) -> Result<Vec<Tensor>, PassError> {
+    if let Some(kept) = index.checked_sub(1).and_then(|i| cx.store.get(&stream_key(&keys[i]))) {
+        return Ok(kept.into_iter().map(|(_, t)| t).collect());
+    }
+    let embed = unit.module.find_func("embed").map(|f| unit.module.func(f));
+    let Some(embed) = embed else {
+        return Err(EngineError::System("the module has no @embed".into()).into());
+    };
+    let embed = cx.engine.prepare(&unit.module, embed, &unit.weights)?;
+    let mut stream = Vec::new();
+    for ids in calibration.batches() {
+        stream.append(&mut embed.run(&[&ids])?);
+    }
+    for &f in &layers[..index] {
+        stream = advance(unit, cx, f, stream)?;
+    }
+    Ok(stream)
+}
+
+/// The stream behind a layer of the float model.
+fn advance(unit: &Unit, cx: &PassCx<'_>, func: FuncId, stream: Vec<Tensor>) -> Result<Vec<Tensor>, PassError> {
+    let mut float = qrmc_ir::without_quantizers(&unit.module, unit.module.func(func))?;
+    float.results.truncate(1);
+    let layer = cx.engine.prepare(&unit.module, &qrmc_ir::prune(&float), &unit.weights)?;
+    let mut next = Vec::with_capacity(stream.len());
+    for x in stream {
+        let args = layer_args(unit, x);
+        next.append(&mut layer.run(&args.each_ref())?);
+    }
+    if let Some(t) = next.iter().find(|t| !t.as_f32().is_some_and(|v| v.iter().all(|x| x.is_finite()))) {
+        return Err(PassError::Calibration {
+            what: format!("@{} gives NaN or infinity on the calibration text ({:?})", unit.module.func(func).name, t.shape()),
+            hint: "the source model overflows on this text; look at the text and at the model's rope settings".into(),
+        });
+    }
+    Ok(next)
+}

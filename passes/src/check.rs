@@ -1,0 +1,100 @@
+//! Proof by running: two modules on the same seeded tokens, a layer at a time.
+
+use qrmc_ir::{Engine, EngineError, Module, Op, Tensor, WeightSource};
+
+/// How far two results are apart.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Gap {
+    /// Largest difference.
+    pub absolute: f64,
+    /// Largest difference over the largest magnitude.
+    pub relative: f64,
+}
+
+/// Token ids from a seed, `[1, len]` (SplitMix64).
+pub fn seeded_tokens(seed: u64, len: usize, vocab: u64) -> Tensor {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    };
+    let ids = (0..len).map(|_| (next() % vocab.max(1)) as i32).collect();
+    Tensor::i32([1, len], ids)
+}
+
+/// Logits of `@main` on tokens `[B, S]`, holding the weights of one function at a time.
+///
+/// # Errors
+/// What the engine says.
+pub fn forward(
+    engine: &dyn Engine,
+    module: &Module,
+    weights: &dyn WeightSource,
+    ids: &Tensor,
+) -> Result<Tensor, EngineError> {
+    let missing = |what: &str| EngineError::System(format!("the module has no {what}"));
+    let main = module.find_func("main").ok_or_else(|| missing("@main"))?;
+    let main = module.func(main);
+    let (b, s) = (ids.shape()[0], ids.shape()[1]);
+    let width = (module.facts.kv_heads * module.facts.head_dim) as usize;
+    let mut values: Vec<Option<Tensor>> = vec![None; main.value_count()];
+    for (i, p) in main.params.iter().enumerate() {
+        values[p.0 as usize] = Some(match i {
+            0 => ids.clone(),
+            1 => Tensor::i32([s], (0..s as i32).collect()),
+            _ => Tensor::zeros([b, 0, width]),
+        });
+    }
+    for node in &main.nodes {
+        let Op::Call(f) = node.op else { return Err(missing("@main made of calls")) };
+        let args: Vec<&Tensor> = node.ins.iter().filter_map(|v| values[v.0 as usize].as_ref()).collect();
+        let outs = engine.run(module, module.func(f), weights, &args)?;
+        for (o, t) in node.outs.iter().zip(outs) {
+            values[o.0 as usize] = Some(t);
+        }
+    }
+    main.results.first().and_then(|r| values[r.0 as usize].take()).ok_or_else(|| missing("logits"))
+}
+
+/// The gap between two tensors of one shape. NaN is infinitely far from everything.
+pub fn logit_gap(have: &Tensor, want: &Tensor) -> Gap {
+    let (h, w) = (have.as_f32().unwrap_or(&[]), want.as_f32().unwrap_or(&[]));
+    let mut gap = Gap { absolute: if h.len() == w.len() { 0.0 } else { f64::INFINITY }, relative: 0.0 };
+    let mut size = 0.0f64;
+    for (&a, &b) in h.iter().zip(w) {
+        let d = (f64::from(a) - f64::from(b)).abs();
+        gap.absolute = if d.is_nan() { f64::INFINITY } else { gap.absolute.max(d) };
+        size = size.max(f64::from(b).abs());
+    }
+    gap.relative = if gap.absolute == 0.0 { 0.0 } else { gap.absolute / size.max(f64::MIN_POSITIVE) };
+    gap
+}
+
+/// The gap between the logits of two modules over the same weights, with quantizers as the identity. Equal graphs are
+/// told apart without running them.
+///
+/// # Errors
+/// What the engine says.
+pub fn compare_logits(
+    engine: &dyn Engine,
+    before: &Module,
+    after: &Module,
+    weights: &dyn WeightSource,
+    ids: &Tensor,
+) -> Result<Gap, EngineError> {
+    let before = qrmc_ir::module_without_quantizers(before)?;
+    let after = qrmc_ir::module_without_quantizers(after)?;
+    let same = before.funcs.len() == after.funcs.len()
+        && before.funcs.iter().zip(&after.funcs).all(|(a, b)| {
+            qrmc_ir::print_func(&before, a) == qrmc_ir::print_func(&after, b)
+        });
+    if same {
+        return Ok(Gap { absolute: 0.0, relative: 0.0 });
+    }
+    let want = forward(engine, &before, weights, ids)?;
+    let have = forward(engine, &after, weights, ids)?;
+    Ok(logit_gap(&have, &want))
+}

@@ -1,0 +1,153 @@
+//! What a pass is.
+
+use qrmc_ir::{Diag, Engine, EngineError, Func, Module, Tensor};
+
+use crate::calibrate::{Calibration, StepStore};
+use crate::options::OptionValue;
+use crate::unit::Unit;
+
+/// What a pass promises of the function that the module computes with quantizers as the identity.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Preserves {
+    /// The same bits: the graph without quantizers is the same graph.
+    Exact,
+    /// The same up to rounding: largest difference of logits over their largest magnitude.
+    Within(f64),
+    /// Nothing; what is lost is measured and printed.
+    Lossy,
+}
+
+/// How far a module is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Stage {
+    /// Floats only.
+    Float,
+    /// Some values carry quantization schemes.
+    Annotated,
+    /// Integers and scales are chosen.
+    Rounded,
+}
+
+/// Facts about a pass.
+#[derive(Clone, Debug)]
+pub struct PassInfo {
+    /// Name in pipeline text.
+    pub name: &'static str,
+    /// One line of help.
+    pub summary: &'static str,
+    /// See [`Preserves`].
+    pub preserves: Preserves,
+    /// Stages of a module that it accepts, from first to last.
+    pub accepts: (Stage, Stage),
+    /// Whether it reads calibration text.
+    pub calibrates: bool,
+}
+
+/// Losses of one layer that a pass measured: what rounding to nearest gives, and what the pass gives.
+#[derive(Clone, PartialEq, Debug)]
+pub struct LayerLoss {
+    /// Layer number.
+    pub layer: usize,
+    /// What was measured, such as `mlp_in`.
+    pub what: String,
+    /// Before.
+    pub before: f64,
+    /// After.
+    pub after: f64,
+}
+
+/// Where a pass tells how far it is. Nothing is printed by passes themselves.
+pub trait Report {
+    /// Layer `done` of `total` is finished.
+    fn progress(&mut self, pass: &str, done: usize, total: usize, note: &str);
+    /// A loss that belongs into the summary.
+    fn loss(&mut self, pass: &str, loss: LayerLoss);
+    /// Floating-point operations spent in products, for the rate in the summary.
+    fn flops(&mut self, pass: &str, flops: f64);
+    /// Whether the user asked to stop.
+    fn interrupted(&self) -> bool {
+        false
+    }
+}
+
+/// What a pass may use.
+pub struct PassCx<'a> {
+    /// Execution.
+    pub engine: &'a dyn Engine,
+    /// Calibration text, if any was given.
+    pub calibration: Option<&'a Calibration>,
+    /// Finished steps of this and earlier runs.
+    pub store: &'a dyn StepStore,
+    /// Identity of the source checkpoint and of this compiler, for the keys of steps.
+    pub source_key: String,
+    /// Progress and losses.
+    pub report: &'a mut dyn Report,
+}
+
+impl PassCx<'_> {
+    /// Runs a function of `unit` once.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn run(&self, unit: &Unit, func: &Func, args: &[&Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        self.engine.run(&unit.module, func, &unit.weights, args)
+    }
+}
+
+/// Why a pass did not finish.
+#[derive(Debug, thiserror::Error)]
+pub enum PassError {
+    /// A fault of the module or of the options on it.
+    #[error(transparent)]
+    Ir(#[from] Diag),
+    /// Something did not run.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Calibration text is needed or unfit.
+    #[error("{what}")]
+    Calibration {
+        /// What was seen.
+        what: String,
+        /// What to do.
+        hint: String,
+    },
+    /// A finished step could not be kept.
+    #[error("cannot keep a finished step: {0}")]
+    Store(String),
+    /// The user asked to stop; what is finished is kept.
+    #[error("interrupted; run the same command again to go on")]
+    Interrupted,
+}
+
+/// A rewrite of a module.
+pub trait Pass {
+    /// Facts.
+    fn info(&self) -> PassInfo;
+
+    /// Every option with its value.
+    fn options(&self) -> Vec<(String, OptionValue)>;
+
+    /// Rewrites the module.
+    ///
+    /// # Errors
+    /// See [`PassError`]. The unit is then in no useful state; the manager keeps the one before.
+    fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError>;
+
+    /// The call in normal form: every default written out.
+    fn call(&self) -> crate::Call {
+        crate::Call { name: self.info().name.to_owned(), options: self.options() }
+    }
+}
+
+/// How far a module is, by its operations.
+pub(crate) fn stage_of(module: &Module) -> Stage {
+    let mut stage = Stage::Float;
+    for node in module.funcs.iter().flat_map(|f| &f.nodes) {
+        match node.op {
+            qrmc_ir::Op::DCast => return Stage::Rounded,
+            qrmc_ir::Op::FakeQuant(..) => stage = Stage::Annotated,
+            _ => {}
+        }
+    }
+    stage
+}

@@ -1,0 +1,187 @@
+//! Functions to e-graphs and back.
+
+use std::collections::HashMap;
+
+use egg::{EGraph, Id};
+use qrmc_ir::{BinaryOp, Builder, Diag, Dim, Func, Module, Op, Shape, ValueId};
+
+use super::extract::Chosen;
+use super::lang::{Facts, Key, Known, Lin};
+
+/// A function as an e-graph.
+pub(crate) struct Skeleton {
+    pub(crate) egraph: EGraph<Lin, Facts>,
+    /// Class of each value.
+    pub(crate) classes: HashMap<ValueId, Id>,
+    /// Classes of the results.
+    pub(crate) results: Vec<Id>,
+}
+
+/// Puts every value of a function into an e-graph with its type.
+pub(crate) fn to_egraph(f: &Func) -> Skeleton {
+    let mut g = EGraph::new(Facts);
+    let derived = f.weight_derived();
+    let mut classes: HashMap<ValueId, Id> = HashMap::new();
+    let add = |g: &mut EGraph<Lin, Facts>, v: ValueId, node: Lin| {
+        let id = g.add(node);
+        let known = Known { ty: Some(f.ty(v).clone()), weight: derived[v.0 as usize] };
+        if g[id].data != known {
+            g.set_analysis_data(id, known);
+        }
+        id
+    };
+    for &p in &f.params {
+        let id = add(&mut g, p, Lin::Leaf(Key { index: p.0, result: 0 }));
+        classes.insert(p, id);
+    }
+    for (at, node) in f.nodes.iter().enumerate() {
+        let ins: Vec<Id> = node.ins.iter().map(|v| classes[v]).collect();
+        let key = |result: usize| Key { index: at as u32, result: result as u32 };
+        for (k, &out) in node.outs.iter().enumerate() {
+            let lin = match (&node.op, &ins[..]) {
+                (Op::Weight(_), _) => Lin::Leaf(Key { index: out.0, result: 0 }),
+                (Op::Binary(BinaryOp::Add), &[a, b]) => Lin::Add([a, b]),
+                (Op::Binary(BinaryOp::Sub), &[a, b]) => Lin::Sub([a, b]),
+                (Op::Binary(BinaryOp::Mul), &[a, b]) => Lin::Mul([a, b]),
+                (Op::Binary(BinaryOp::Div), &[a, b]) => Lin::Div([a, b]),
+                (Op::MatMul { trans_b: true }, &[x, w]) if f.ty(node.ins[1]).shape.rank() == 2 => Lin::Linear([x, w]),
+                // Attributes are leaves of their own, so that a rule can carry them over.
+                (Op::RmsNorm(_), &[x, gain]) => Lin::Norm([attribute(&mut g, f, at), x, gain]),
+                (Op::Attention(_), &[q, k, v]) => Lin::Attn([attribute(&mut g, f, at), q, k, v]),
+                (Op::CacheAppend, &[p, n]) => Lin::Append([p, n]),
+                _ => Lin::Other(key(k), ins.clone()),
+            };
+            let id = add(&mut g, out, lin);
+            classes.insert(out, id);
+        }
+    }
+    g.rebuild();
+    let results = f.results.iter().map(|r| classes[r]).collect();
+    Skeleton { egraph: g, classes, results }
+}
+
+/// The leaf that stands for the attributes of the node at `at`: nodes with equal attributes share it.
+fn attribute(g: &mut EGraph<Lin, Facts>, f: &Func, at: usize) -> Id {
+    let op = &f.nodes[at].op;
+    let first = f.nodes.iter().position(|n| n.op == *op).unwrap_or(at);
+    g.add(Lin::Leaf(Key { index: (f.value_count() + first) as u32, result: 0 }))
+}
+
+/// Rebuilds the function from the chosen nodes, in the order of the old one.
+pub(crate) fn from_egraph(
+    module: &Module,
+    f: &Func,
+    g: &EGraph<Lin, Facts>,
+    classes: &HashMap<ValueId, Id>,
+    chosen: &Chosen,
+) -> Result<Func, Diag> {
+    let mut b = Rebuild { f, g, chosen, b: Builder::new(module, &f.name), done: HashMap::new() };
+    for &p in &f.params {
+        let v = b.b.param(f.value(p).name.as_deref(), f.ty(p).clone());
+        b.done.insert(g.find(classes[&p]), v);
+    }
+    for v in f.nodes.iter().flat_map(|n| &n.outs) {
+        let class = g.find(classes[v]);
+        if chosen.contains_key(&class) {
+            let new = b.class(class)?;
+            if let Some(name) = &f.value(*v).name {
+                b.b.name(new, name);
+            }
+        }
+    }
+    let results = f.results.iter().map(|r| b.class(g.find(classes[r]))).collect::<Result<Vec<_>, _>>()?;
+    Ok(b.b.finish(&results))
+}
+
+struct Rebuild<'a> {
+    f: &'a Func,
+    g: &'a EGraph<Lin, Facts>,
+    chosen: &'a Chosen,
+    b: Builder<'a>,
+    done: HashMap<Id, ValueId>,
+}
+
+impl Rebuild<'_> {
+    fn class(&mut self, id: Id) -> Result<ValueId, Diag> {
+        let id = self.g.find(id);
+        if let Some(&v) = self.done.get(&id) {
+            return Ok(v);
+        }
+        let Some(node) = self.chosen.get(&id) else {
+            return Err(Diag::new("Q0604", "extraction left out a value that is needed"));
+        };
+        let v = self.node(id, node)?;
+        self.done.insert(id, v);
+        Ok(v)
+    }
+
+    fn binary(&mut self, op: BinaryOp, [a, b]: [Id; 2]) -> Result<ValueId, Diag> {
+        let (a, b) = (self.class(a)?, self.class(b)?);
+        self.b.binary(op, a, b)
+    }
+
+    fn attributes(&self, id: Id) -> Result<Op, Diag> {
+        for node in &self.g[id].nodes {
+            if let Lin::Leaf(key) = node {
+                return Ok(self.f.nodes[key.index as usize - self.f.value_count()].op.clone());
+            }
+        }
+        Err(Diag::new("Q0604", "an operation lost its attributes"))
+    }
+
+    fn node(&mut self, id: Id, node: &Lin) -> Result<ValueId, Diag> {
+        match node {
+            Lin::Add(ab) => self.binary(BinaryOp::Add, *ab),
+            Lin::Sub(ab) => self.binary(BinaryOp::Sub, *ab),
+            Lin::Mul(ab) => self.binary(BinaryOp::Mul, *ab),
+            Lin::Div(ab) => self.binary(BinaryOp::Div, *ab),
+            Lin::Linear([x, w]) => {
+                let (x, w) = (self.class(*x)?, self.class(*w)?);
+                self.b.linear(x, w)
+            }
+            Lin::Norm([a, x, gain]) => {
+                let (x, gain) = (self.class(*x)?, self.class(*gain)?);
+                self.b.op1(self.attributes(*a)?, &[x, gain])
+            }
+            Lin::Attn([a, q, k, v]) => {
+                let ins = [self.class(*q)?, self.class(*k)?, self.class(*v)?];
+                self.b.op1(self.attributes(*a)?, &ins)
+            }
+            Lin::Append([p, n]) => {
+                let ins = [self.class(*p)?, self.class(*n)?];
+                self.b.op1(Op::CacheAppend, &ins)
+            }
+            Lin::Col([v]) => {
+                let v = self.class(*v)?;
+                let n = self.b.ty(v).shape.last().unwrap_or(Dim::Fixed(1));
+                self.b.op1(Op::Reshape(Shape(vec![n, Dim::Fixed(1)])), &[v])
+            }
+            Lin::Leaf(key) => match self.f.as_weight(ValueId(key.index)) {
+                Some(w) => Ok(self.b.weight(w)),
+                None => Err(Diag::new("Q0604", "a leaf is no weight")),
+            },
+            Lin::Other(key, ins) => {
+                let old = &self.f.nodes[key.index as usize];
+                let ins = ins.iter().map(|i| self.class(*i)).collect::<Result<Vec<_>, _>>()?;
+                let outs = self.b.op(old.op.clone(), &ins)?;
+                // The other results of the same operation are the same node.
+                let results: Vec<(Lin, ValueId)> = outs
+                    .iter()
+                    .enumerate()
+                    .map(|(k, &v)| (Lin::Other(Key { result: k as u32, ..key.clone() }, self.children(id)), v))
+                    .collect();
+                for (lin, v) in results {
+                    if let Some(class) = self.g.lookup(lin) {
+                        self.done.entry(self.g.find(class)).or_insert(v);
+                    }
+                }
+                Ok(outs[key.result as usize])
+            }
+        }
+    }
+
+    fn children(&self, id: Id) -> Vec<Id> {
+        use egg::Language;
+        self.chosen.get(&id).map(|n| n.children().to_vec()).unwrap_or_default()
+    }
+}

@@ -1,0 +1,379 @@
+//! Running a program: operands are found, kernels called, results taken out.
+
+use qrmc_ir::{Data, Diag, Dim, DimEnv, Elem, EngineError, Op, Place, Sym, Tensor, TensorType};
+use qrmc_lowering::{Arg, Kernel, Step};
+
+use super::consts::Constant;
+use super::{Loaded, prims, quantize};
+use crate::cpu::{self, AttnShape, Rows};
+
+/// Keys or values of all positions so far, with room for more: `[batch, capacity, width]`.
+#[derive(Debug)]
+pub struct KvCache {
+    data: Vec<f32>,
+    batch: usize,
+    capacity: usize,
+    width: usize,
+    len: usize,
+}
+
+impl KvCache {
+    /// Room for `capacity` positions of `width` elements for each sequence.
+    pub fn new(batch: usize, capacity: usize, width: usize) -> Self {
+        KvCache { data: vec![0.0; batch * capacity * width], batch, capacity, width, len: 0 }
+    }
+
+    /// Positions held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is held.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets all positions from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    fn append(&mut self, new: &[f32], seq: usize) -> Result<(), EngineError> {
+        if self.len + seq > self.capacity {
+            let (have, room) = (self.len + seq, self.capacity);
+            return Err(EngineError::System(format!("{have} positions do not fit a cache of {room}")));
+        }
+        for b in 0..self.batch {
+            let at = (b * self.capacity + self.len) * self.width;
+            let rows = &new[b * seq * self.width..(b + 1) * seq * self.width];
+            self.data[at..at + rows.len()].copy_from_slice(rows);
+        }
+        self.len += seq;
+        Ok(())
+    }
+}
+
+/// An argument.
+pub enum Input<'a> {
+    /// A tensor.
+    Tensor(&'a Tensor),
+    /// A cache that is appended to in place.
+    Cache(&'a mut KvCache),
+}
+
+/// Elements of an operand.
+#[derive(Clone, Copy)]
+pub(super) enum Slice<'a> {
+    F32(&'a [f32]),
+    I32(&'a [i32]),
+    I8(&'a [i8]),
+    U8(&'a [u8]),
+    Const(&'a Constant),
+}
+
+/// An operand of a kernel.
+pub(super) struct In<'a> {
+    pub(super) shape: Vec<usize>,
+    pub(super) data: Slice<'a>,
+}
+
+impl<'a> In<'a> {
+    pub(super) fn f32(&self) -> Result<&'a [f32], EngineError> {
+        match self.data {
+            Slice::F32(v) => Ok(v),
+            Slice::Const(Constant::Tensor(t)) => t.as_f32().ok_or_else(wrong_kind),
+            _ => Err(wrong_kind()),
+        }
+    }
+
+    /// Floats of any storage; 16-bit and packed constants are widened, which is fit for small operands only.
+    pub(super) fn widened(&self) -> Result<std::borrow::Cow<'a, [f32]>, EngineError> {
+        match self.data {
+            Slice::Const(c @ (Constant::Half { .. } | Constant::Packed { .. })) => match c.tensor().into_data() {
+                Data::F32(v) => Ok(v.into()),
+                _ => Err(wrong_kind()),
+            },
+            _ => self.f32().map(Into::into),
+        }
+    }
+
+    pub(super) fn i32(&self) -> Result<&'a [i32], EngineError> {
+        match self.data {
+            Slice::I32(v) => Ok(v),
+            Slice::Const(Constant::Tensor(t)) => t.as_i32().ok_or_else(wrong_kind),
+            _ => Err(wrong_kind()),
+        }
+    }
+
+    pub(super) fn u8(&self) -> Result<&'a [u8], EngineError> {
+        match self.data {
+            Slice::U8(v) => Ok(v),
+            Slice::Const(Constant::Tensor(t)) => match t.data() {
+                Data::U8(v) => Ok(v),
+                _ => Err(wrong_kind()),
+            },
+            _ => Err(wrong_kind()),
+        }
+    }
+
+    pub(super) fn data(&self) -> Result<Slice<'a>, EngineError> {
+        Ok(match self.data {
+            Slice::Const(Constant::Tensor(t)) => slice(t.data())?,
+            other => other,
+        })
+    }
+}
+
+pub(super) fn wrong_kind() -> EngineError {
+    EngineError::System("an operand has another storage than its kernel reads".into())
+}
+
+fn slice(d: &Data) -> Result<Slice<'_>, EngineError> {
+    Ok(match d {
+        Data::F32(v) => Slice::F32(v),
+        Data::I32(v) => Slice::I32(v),
+        Data::I8(v) => Slice::I8(v),
+        Data::U8(v) => Slice::U8(v),
+        Data::F64(_) => return Err(wrong_kind()),
+    })
+}
+
+pub(super) fn empty(elem: Elem, len: usize) -> Data {
+    match elem {
+        Elem::I32 => Data::I32(vec![0; len]),
+        Elem::I8 => Data::I8(vec![0; len]),
+        Elem::U8 => Data::U8(vec![0; len]),
+        _ => Data::F32(vec![0.0; len]),
+    }
+}
+
+/// The values of the symbols, from the arguments.
+fn bind(loaded: &Loaded, args: &[Input<'_>]) -> Result<DimEnv, EngineError> {
+    let program = loaded.program();
+    let fault = |m: String| {
+        EngineError::Ir(Diag::new("Q0402", m).at(Place { func: Some(program.name.clone()), ..Place::default() }))
+    };
+    if args.len() != program.params.len() {
+        return Err(fault(format!("{} arguments for {} parameters", args.len(), program.params.len())));
+    }
+    let mut seen: [Option<usize>; 4] = [None; 4];
+    for (i, (ty, arg)) in program.params.iter().zip(args).enumerate() {
+        let (fits, shape) = match arg {
+            Input::Tensor(t) => (t.represents(ty.elem), t.shape().to_vec()),
+            Input::Cache(c) => (program.is_cache(i as u32), vec![c.batch, c.len, c.width]),
+        };
+        let fits = fits
+            && shape.len() == ty.shape.rank()
+            && ty.shape.0.iter().zip(&shape).all(|(&d, &n)| match d {
+                Dim::Fixed(want) => want == n as u64,
+                Dim::Sym(s) => *seen[s as usize].get_or_insert(n) == n,
+            });
+        if !fits {
+            return Err(fault(format!("argument {i} of shape {shape:?} is no {ty}")));
+        }
+    }
+    let get = |s: Sym| seen[s as usize];
+    let seq = get(Sym::S).unwrap_or(1);
+    let past = get(Sym::P).or_else(|| get(Sym::T)?.checked_sub(seq)).unwrap_or(0);
+    Ok(DimEnv { batch: get(Sym::B).unwrap_or(1), seq, past })
+}
+
+pub(super) fn run(loaded: &Loaded, args: &mut [Input<'_>]) -> Result<Vec<Tensor>, EngineError> {
+    let dims = bind(loaded, args)?;
+    let program = &loaded.program;
+    let mut state = State { loaded, dims, args, buffers: Vec::new(), cached: vec![None; program.buffers.len()] };
+    state.buffers = program.buffers.iter().map(|b| empty(b.elem, 0)).collect();
+    let mut lens: Vec<usize> = program.buffers.iter().map(|b| b.len(&dims)).collect();
+    for step in &program.steps {
+        for (b, _) in &step.outs {
+            let (b, len) = (*b as usize, &mut lens[*b as usize]);
+            // Buffers come to life at their first use.
+            if *len > 0 {
+                state.buffers[b] = empty(program.buffers[b].elem, *len);
+                *len = 0;
+            }
+        }
+        state.step(step)?;
+    }
+    let results = program.results.iter().enumerate();
+    let last_use = |i: usize, a: Arg| !program.results[i + 1..].iter().any(|(b, _)| *b == a);
+    results.map(|(i, (arg, ty))| state.result(*arg, ty, last_use(i, *arg))).collect()
+}
+
+struct State<'a, 'i> {
+    loaded: &'a Loaded,
+    dims: DimEnv,
+    args: &'a mut [Input<'i>],
+    buffers: Vec<Data>,
+    /// The cache parameter that a buffer stands for.
+    cached: Vec<Option<usize>>,
+}
+
+impl State<'_, '_> {
+    fn operand(&self, arg: Arg, ty: &TensorType) -> Result<In<'_>, EngineError> {
+        let shape = ty.shape.resolve(&self.dims);
+        let len: usize = shape.iter().product();
+        let data = match arg {
+            Arg::Const(c) => Slice::Const(&self.loaded.consts[c as usize]),
+            Arg::Param(p) => match &self.args[p as usize] {
+                Input::Tensor(t) => slice(t.data())?,
+                Input::Cache(_) => return Err(wrong_kind()),
+            },
+            Arg::Buffer(b) => match &self.buffers[b as usize] {
+                Data::F32(v) => Slice::F32(&v[..len]),
+                Data::I32(v) => Slice::I32(&v[..len]),
+                Data::I8(v) => Slice::I8(&v[..len]),
+                Data::U8(v) => Slice::U8(&v[..len]),
+                Data::F64(_) => return Err(wrong_kind()),
+            },
+        };
+        Ok(In { shape, data })
+    }
+
+    fn result(&mut self, arg: Arg, ty: &TensorType, last: bool) -> Result<Tensor, EngineError> {
+        let shape = ty.shape.resolve(&self.dims);
+        if let Arg::Buffer(b) = arg {
+            if self.cached[b as usize].is_some() {
+                return Ok(Tensor::zeros([0]));
+            }
+            if last {
+                let len: usize = shape.iter().product();
+                let data = match std::mem::replace(&mut self.buffers[b as usize], Data::U8(Vec::new())) {
+                    Data::F32(mut v) => {
+                        v.truncate(len);
+                        Data::F32(v)
+                    }
+                    Data::I32(mut v) => {
+                        v.truncate(len);
+                        Data::I32(v)
+                    }
+                    Data::I8(mut v) => {
+                        v.truncate(len);
+                        Data::I8(v)
+                    }
+                    Data::U8(mut v) => {
+                        v.truncate(len);
+                        Data::U8(v)
+                    }
+                    Data::F64(v) => Data::F64(v),
+                };
+                return Ok(Tensor::new(shape, data));
+            }
+        }
+        let x = self.operand(arg, ty)?;
+        let data = match x.data {
+            Slice::F32(v) => Data::F32(v.to_vec()),
+            Slice::I32(v) => Data::I32(v.to_vec()),
+            Slice::I8(v) => Data::I8(v.to_vec()),
+            Slice::U8(v) => Data::U8(v.to_vec()),
+            Slice::Const(c) => return Ok(c.tensor().reshaped(shape)),
+        };
+        Ok(Tensor::new(shape, data))
+    }
+
+    fn step(&mut self, step: &Step) -> Result<(), EngineError> {
+        if let Kernel::Op(Op::Call(f)) = step.kernel {
+            return self.call(step, f);
+        }
+        if self.append_in_place(step)? {
+            return Ok(());
+        }
+        let mut outs: Vec<(Vec<usize>, Data)> = Vec::new();
+        for (b, ty) in &step.outs {
+            let data = std::mem::replace(&mut self.buffers[*b as usize], Data::U8(Vec::new()));
+            self.cached[*b as usize] = None;
+            outs.push((ty.shape.resolve(&self.dims), data));
+        }
+        let done = self.kernel(step, &mut outs);
+        for ((b, _), (_, data)) in step.outs.iter().zip(outs) {
+            self.buffers[*b as usize] = data;
+        }
+        done
+    }
+
+    fn call(&mut self, step: &Step, f: qrmc_ir::FuncId) -> Result<(), EngineError> {
+        let mut tensors = Vec::new();
+        for (arg, ty) in &step.ins {
+            tensors.push(self.result(*arg, ty, false)?);
+        }
+        let mut inputs: Vec<Input<'_>> = tensors.iter().map(Input::Tensor).collect();
+        let results = self.loaded.calls[&f].run_inputs(&mut inputs)?;
+        for ((b, _), t) in step.outs.iter().zip(results) {
+            self.buffers[*b as usize] = t.into_data();
+        }
+        Ok(())
+    }
+
+    /// Appends to a cache argument, if that is what the step does.
+    fn append_in_place(&mut self, step: &Step) -> Result<bool, EngineError> {
+        let (Kernel::Op(Op::CacheAppend), Some((Arg::Param(p), _))) = (&step.kernel, step.ins.first()) else {
+            return Ok(false);
+        };
+        let p = *p as usize;
+        if !matches!(self.args[p], Input::Cache(_)) {
+            return Ok(false);
+        }
+        let (arg, ty) = &step.ins[1];
+        let len: usize = ty.shape.resolve(&self.dims).iter().product();
+        let new = match *arg {
+            Arg::Buffer(b) => match &self.buffers[b as usize] {
+                Data::F32(v) => &v[..len],
+                _ => return Err(wrong_kind()),
+            },
+            _ => return Err(wrong_kind()),
+        };
+        let seq = self.dims.seq;
+        let Input::Cache(cache) = &mut self.args[p] else { return Ok(false) };
+        cache.append(new, seq)?;
+        self.cached[step.outs[0].0 as usize] = Some(p);
+        Ok(true)
+    }
+
+    /// Keys or values of an attention: a tensor or a cache.
+    fn rows(&self, arg: Arg, ty: &TensorType, head_dim: usize) -> Result<Rows<'_>, EngineError> {
+        if let Arg::Buffer(b) = arg {
+            if let Some(Input::Cache(c)) = self.cached[b as usize].map(|p| &self.args[p]) {
+                return Ok(Rows {
+                    data: &c.data,
+                    batch_stride: c.capacity * c.width,
+                    row_stride: c.width,
+                    head_stride: head_dim,
+                });
+            }
+        }
+        let x = self.operand(arg, ty)?;
+        let width = x.shape[2];
+        Ok(Rows { data: x.f32()?, batch_stride: x.shape[1] * width, row_stride: width, head_stride: head_dim })
+    }
+
+    fn kernel(&self, step: &Step, outs: &mut [(Vec<usize>, Data)]) -> Result<(), EngineError> {
+        let m = &*self.loaded.machine;
+        if let Kernel::Op(Op::Attention(a)) = &step.kernel {
+            let head_dim = outs[0].0[2] / a.heads as usize;
+            let shape = AttnShape {
+                batch: self.dims.batch,
+                seq: self.dims.seq,
+                past: self.dims.past,
+                heads: a.heads as usize,
+                kv_heads: a.kv_heads as usize,
+                head_dim,
+            };
+            let q = self.operand(step.ins[0].0, &step.ins[0].1)?;
+            let k = self.rows(step.ins[1].0, &step.ins[1].1, head_dim)?;
+            let v = self.rows(step.ins[2].0, &step.ins[2].1, head_dim)?;
+            let out = prims::floats(&mut outs[0])?;
+            cpu::attention(&m.pool, m.isa, &shape, a.scale.0 as f32, q.f32()?, k, v, out, &m.scratch);
+            return Ok(());
+        }
+        let mut ins = Vec::new();
+        for (arg, ty) in &step.ins {
+            ins.push(self.operand(*arg, ty)?);
+        }
+        match &step.kernel {
+            Kernel::Op(op @ (Op::QParams(..) | Op::QCast(_) | Op::DCast)) => {
+                quantize::run(m, op, &step.ins, &ins, outs)
+            }
+            _ => prims::run(m, &step.kernel, &self.dims, &ins, &mut outs[0]),
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The CPU engine: lowers functions once, prepares their weights, runs their programs.
+
+mod consts;
+mod exec;
+mod prims;
+mod quantize;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use qrmc_ir::{
+    Engine, EngineError, Func, FuncId, Hash, Module, Op, Prepared, Tensor, WeightSource, structural_hash,
+};
+use qrmc_lowering::{Cpu, Kernel, Program, lower_func, weight_order};
+
+use crate::cpu::{Isa, Pool, Scratch};
+use consts::Constant;
+
+pub use exec::{Input, KvCache};
+
+/// What all programs of an engine share.
+struct Machine {
+    pool: Pool,
+    isa: Isa,
+    scratch: Scratch,
+}
+
+/// Runs functions on the CPU.
+pub struct CpuEngine {
+    machine: Arc<Machine>,
+    programs: Mutex<HashMap<Hash, Arc<Program>>>,
+}
+
+impl CpuEngine {
+    /// An engine on this many threads.
+    ///
+    /// # Errors
+    /// If the system refuses the threads.
+    pub fn new(threads: usize) -> Result<Self, EngineError> {
+        let pool = Pool::new(threads).map_err(|e| EngineError::System(e.to_string()))?;
+        let machine = Arc::new(Machine { pool, isa: Isa::detect(), scratch: Scratch::new() });
+        Ok(CpuEngine { machine, programs: Mutex::default() })
+    }
+
+    /// Number of threads.
+    pub fn threads(&self) -> usize {
+        self.machine.pool.threads()
+    }
+
+    /// Name of the instruction set in use.
+    pub fn isa(&self) -> &'static str {
+        self.machine.isa.name()
+    }
+
+    /// The pool and instruction set, for work that is no function of the IR, such as log-probabilities.
+    pub fn with_machine<R>(&self, f: impl FnOnce(&Pool, Isa) -> R) -> R {
+        f(&self.machine.pool, self.machine.isa)
+    }
+
+    /// Lowers a function, or finds the program of one with the same structure.
+    fn program(&self, module: &Module, func: &Func) -> Result<Arc<Program>, EngineError> {
+        let key = structural_hash(module, func);
+        let mut programs = self.programs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(p) = programs.get(&key) {
+            return Ok(p.clone());
+        }
+        let program = Arc::new(lower_func(module, func, &Cpu)?);
+        programs.insert(key, program.clone());
+        Ok(program)
+    }
+
+    /// As [`Engine::prepare`], with the concrete type.
+    ///
+    /// # Errors
+    /// As [`Engine::prepare`].
+    pub fn load(&self, module: &Module, func: &Func, weights: &dyn WeightSource) -> Result<Loaded, EngineError> {
+        let program = self.program(module, func)?;
+        // A program is shared by structure, so the names come from this function.
+        let order: Vec<&str> =
+            weight_order(&qrmc_ir::prune(func)).iter().map(|(w, _)| module.weight(*w).name.as_str()).collect();
+        let mut calls = HashMap::new();
+        for step in &program.steps {
+            if let Kernel::Op(Op::Call(f)) = step.kernel {
+                if let std::collections::hash_map::Entry::Vacant(e) = calls.entry(f) {
+                    e.insert(self.load(module, module.func(f), weights)?);
+                }
+            }
+        }
+        let derived = match &program.init {
+            None => Vec::new(),
+            Some(init) => {
+                let init = Loaded {
+                    machine: self.machine.clone(),
+                    consts: consts::load(init, &order, weights, &mut [])?,
+                    program: Arc::new((**init).clone()),
+                    calls: HashMap::new(),
+                };
+                init.run_inputs(&mut [])?
+            }
+        };
+        let mut derived: Vec<Option<Tensor>> = derived.into_iter().map(Some).collect();
+        let consts = consts::load(&program, &order, weights, &mut derived)?;
+        Ok(Loaded { machine: self.machine.clone(), program, consts, calls })
+    }
+}
+
+impl Engine for CpuEngine {
+    fn prepare(
+        &self,
+        module: &Module,
+        func: &Func,
+        weights: &dyn WeightSource,
+    ) -> Result<Box<dyn Prepared>, EngineError> {
+        Ok(Box::new(self.load(module, func, weights)?))
+    }
+}
+
+/// A program with its constants.
+pub struct Loaded {
+    machine: Arc<Machine>,
+    program: Arc<Program>,
+    consts: Vec<Constant>,
+    calls: HashMap<FuncId, Loaded>,
+}
+
+impl Loaded {
+    /// The program.
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// Bytes that the constants take in memory.
+    pub fn bytes(&self) -> usize {
+        self.consts.iter().map(Constant::bytes).sum::<usize>() + self.calls.values().map(Loaded::bytes).sum::<usize>()
+    }
+
+    /// Runs with tensors and caches as arguments. A cache stands for the `past` operand of a `cache_append`: new rows
+    /// are written into it, and the result that would be the longer cache comes back empty.
+    ///
+    /// # Errors
+    /// If an argument does not fit its parameter, or a cache is full.
+    pub fn run_inputs(&self, args: &mut [Input<'_>]) -> Result<Vec<Tensor>, EngineError> {
+        exec::run(self, args)
+    }
+}
+
+impl Prepared for Loaded {
+    fn run(&self, args: &[&Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        let mut inputs: Vec<Input<'_>> = args.iter().map(|t| Input::Tensor(t)).collect();
+        self.run_inputs(&mut inputs)
+    }
+}

@@ -1,0 +1,339 @@
+//! Kernels that read dense operands.
+
+use qrmc_ir::{BinaryOp, Data, Dim, DimEnv, EngineError, Op, ReduceOp, RopeAttr, Sym, UnaryOp};
+use qrmc_lowering::Kernel;
+
+use super::Machine;
+use super::exec::{In, Slice, wrong_kind};
+use crate::cpu::{self, MatRef};
+
+type Out = (Vec<usize>, Data);
+
+/// The elements of an `f32` result.
+pub(super) fn floats(out: &mut Out) -> Result<&mut [f32], EngineError> {
+    let len: usize = out.0.iter().product();
+    match &mut out.1 {
+        Data::F32(v) => Ok(&mut v[..len]),
+        _ => Err(wrong_kind()),
+    }
+}
+
+pub(super) fn run(
+    m: &Machine,
+    kernel: &Kernel,
+    dims: &DimEnv,
+    ins: &[In<'_>],
+    out: &mut Out,
+) -> Result<(), EngineError> {
+    let (pool, isa) = (&m.pool, m.isa);
+    let out_shape = out.0.clone();
+    match kernel {
+        Kernel::Linear => linear(m, ins, out),
+        Kernel::SiluMul => {
+            cpu::silu_mul(pool, isa, ins[0].f32()?, ins[1].f32()?, floats(out)?);
+            Ok(())
+        }
+        Kernel::Op(op) => match op {
+            Op::Gather => gather(m, ins, out),
+            Op::RmsNorm(eps) => {
+                let n = out_shape.last().copied().unwrap_or(1);
+                let mut gain = ins[1].widened()?;
+                if gain.len() != n {
+                    gain = vec![gain[0]; n].into();
+                }
+                cpu::rms_norm(pool, isa, ins[0].f32()?, n, Some(&gain), eps.0 as f32, floats(out)?);
+                Ok(())
+            }
+            Op::Softmax => {
+                let n = out_shape.last().copied().unwrap_or(1);
+                cpu::reduce::softmax_rows(pool, isa, ins[0].f32()?, n, floats(out)?);
+                Ok(())
+            }
+            Op::Silu => {
+                // silu(x) = x * sigmoid(x), in two steps over the result.
+                let x = ins[0].f32()?;
+                let y = floats(out)?;
+                cpu::unary(pool, isa, cpu::UnaryOp::Sigmoid, x, y);
+                y.iter_mut().zip(x).for_each(|(y, x)| *y *= x);
+                Ok(())
+            }
+            Op::Unary(u) => unary(m, *u, &ins[0], out),
+            Op::Binary(b) => {
+                let (x, y) = (ins[0].widened()?, ins[1].widened()?);
+                let shapes = (&ins[0].shape[..], &ins[1].shape[..]);
+                cpu::binary(pool, isa, binary_op(*b), (&x, shapes.0), (&y, shapes.1), floats(out)?);
+                Ok(())
+            }
+            Op::Reduce(r, axis) => reduce(m, *r, usize::from(*axis), &ins[0], out),
+            Op::MatMul { trans_b } => matmul(m, *trans_b, ins, out),
+            Op::Rope(attr) => rope(m, attr, ins, out),
+            Op::CausalMask => {
+                let total = dims.size(Dim::Sym(Sym::T));
+                for (i, row) in floats(out)?.chunks_mut(total.max(1)).enumerate() {
+                    let see = dims.past + i + 1;
+                    row.iter_mut().enumerate().for_each(|(j, y)| *y = if j < see { 0.0 } else { f32::NEG_INFINITY });
+                }
+                Ok(())
+            }
+            Op::Const { data, .. } => {
+                floats(out)?.iter_mut().zip(data).for_each(|(y, x)| *y = x.0 as f32);
+                Ok(())
+            }
+            Op::Cast(_) => cast(op, &ins[0], out),
+            Op::Transpose(perm) => transpose(perm, &ins[0], out),
+            Op::Slice { axis, start, len } => {
+                let at = usize::from(*axis);
+                let (outer, inner) = split(&ins[0].shape, at);
+                let (n, start, len) = (ins[0].shape[at], *start as usize, *len as usize);
+                let (x, y) = (ins[0].f32()?, floats(out)?);
+                for o in 0..outer {
+                    let from = (o * n + start) * inner;
+                    y[o * len * inner..(o + 1) * len * inner].copy_from_slice(&x[from..from + len * inner]);
+                }
+                Ok(())
+            }
+            Op::Concat(_) | Op::CacheAppend => {
+                let at = if let Op::Concat(axis) = op { usize::from(*axis) } else { 1 };
+                let (outer, inner) = split(&out_shape, at);
+                let (a, b) = (ins[0].f32()?, ins[1].f32()?);
+                let (na, nb) = (ins[0].shape[at] * inner, ins[1].shape[at] * inner);
+                for (o, y) in floats(out)?.chunks_mut((na + nb).max(1)).enumerate().take(outer) {
+                    y[..na].copy_from_slice(&a[o * na..(o + 1) * na]);
+                    y[na..].copy_from_slice(&b[o * nb..(o + 1) * nb]);
+                }
+                Ok(())
+            }
+            Op::Reshape(_)
+            | Op::Weight(_)
+            | Op::Call(_)
+            | Op::Attention(_)
+            | Op::Clip(_)
+            | Op::FakeQuant(..)
+            | Op::QParams(..)
+            | Op::QCast(_)
+            | Op::DCast => Err(EngineError::System(format!("`{}` reached the CPU without a kernel", op.text().0))),
+        },
+    }
+}
+
+fn split(shape: &[usize], axis: usize) -> (usize, usize) {
+    (shape[..axis].iter().product(), shape[axis + 1..].iter().product())
+}
+
+fn binary_op(b: BinaryOp) -> cpu::BinaryOp {
+    match b {
+        BinaryOp::Add => cpu::BinaryOp::Add,
+        BinaryOp::Sub => cpu::BinaryOp::Sub,
+        BinaryOp::Mul => cpu::BinaryOp::Mul,
+        BinaryOp::Div => cpu::BinaryOp::Div,
+        BinaryOp::Max => cpu::BinaryOp::Max,
+        BinaryOp::Min => cpu::BinaryOp::Min,
+    }
+}
+
+fn unary(m: &Machine, op: UnaryOp, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+    let op = match op {
+        UnaryOp::Neg => cpu::UnaryOp::Neg,
+        UnaryOp::Abs => cpu::UnaryOp::Abs,
+        UnaryOp::Exp => cpu::UnaryOp::Exp,
+        UnaryOp::Log => cpu::UnaryOp::Log,
+        UnaryOp::Sqrt => cpu::UnaryOp::Sqrt,
+        UnaryOp::Rsqrt => cpu::UnaryOp::Rsqrt,
+        UnaryOp::Recip => cpu::UnaryOp::Recip,
+        UnaryOp::Sigmoid => cpu::UnaryOp::Sigmoid,
+        // Angles are large; only `f64` keeps their remainder by a turn.
+        UnaryOp::Cos | UnaryOp::Sin => {
+            let f = if op == UnaryOp::Cos { f64::cos } else { f64::sin };
+            floats(out)?.iter_mut().zip(x.widened()?.iter()).for_each(|(y, &x)| *y = f(f64::from(x)) as f32);
+            return Ok(());
+        }
+    };
+    cpu::unary(&m.pool, m.isa, op, &x.widened()?, floats(out)?);
+    Ok(())
+}
+
+fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let (pool, isa) = (&m.pool, m.isa);
+    let (n, k) = (ins[1].shape[0], ins[1].shape[1]);
+    let x = ins[0].f32()?;
+    let rows = x.len() / k.max(1);
+    let view = match ins[1].data {
+        Slice::Const(c) => c.view(),
+        Slice::F32(v) => Some(cpu::WeightView::F32(v)),
+        _ => None,
+    };
+    let y = floats(out)?;
+    cpu::linear(pool, isa, x, (rows, k), &view.ok_or_else(wrong_kind)?, n, y, &m.scratch);
+    if let Some(bias) = ins.get(2) {
+        let bias = bias.widened()?;
+        pool.for_chunks(y, n.max(1) * 64, |_, rows| {
+            for row in rows.chunks_mut(n) {
+                row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
+            }
+        });
+    }
+    Ok(())
+}
+
+fn gather(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let (n, k) = (ins[0].shape[0], ins[0].shape[1]);
+    let ids = ins[1].i32()?;
+    if let Some(bad) = ids.iter().find(|i| usize::try_from(**i).map_or(true, |i| i >= n)) {
+        return Err(EngineError::System(format!(
+            "token id {bad} is outside the embedding table of {n} rows: the tokenizer belongs to another model"
+        )));
+    }
+    let view = match ins[0].data {
+        Slice::Const(c) => c.view(),
+        Slice::F32(v) => Some(cpu::WeightView::F32(v)),
+        _ => None,
+    };
+    cpu::gather_rows(&m.pool, m.isa, &view.ok_or_else(wrong_kind)?, n, ids, k, floats(out)?);
+    Ok(())
+}
+
+fn reduce(m: &Machine, op: ReduceOp, axis: usize, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+    let data = x.f32()?;
+    let n = x.shape[axis];
+    if axis + 1 == x.shape.len() {
+        let op = match op {
+            ReduceOp::Sum => cpu::reduce::ReduceOp::Sum,
+            ReduceOp::Mean => cpu::reduce::ReduceOp::Mean,
+            ReduceOp::Max => cpu::reduce::ReduceOp::Max,
+        };
+        cpu::reduce::reduce_rows(&m.pool, m.isa, op, data, n, floats(out)?);
+        return Ok(());
+    }
+    // Along another axis: each run of `inner` results is summed row after row, in `f64`.
+    let (_, inner) = split(&x.shape, axis);
+    let y = floats(out)?;
+    let (pool, width) = (&m.pool, 256.min(inner.max(1)));
+    for (o, y) in y.chunks_mut(inner.max(1)).enumerate() {
+        pool.for_chunks(y, width, |c, y| {
+            let mut acc = vec![if op == ReduceOp::Max { f64::NEG_INFINITY } else { 0.0 }; y.len()];
+            for r in 0..n {
+                let row = &data[(o * n + r) * inner + c * width..][..y.len()];
+                for (a, &v) in acc.iter_mut().zip(row) {
+                    let v = f64::from(v);
+                    *a = if op == ReduceOp::Max { a.max(v) } else { *a + v };
+                }
+            }
+            let scale = if op == ReduceOp::Mean { n.max(1) as f64 } else { 1.0 };
+            y.iter_mut().zip(acc).for_each(|(y, a)| *y = (a / scale) as f32);
+        });
+    }
+    Ok(())
+}
+
+fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let shape = out.0.clone();
+    let (a, b) = (&ins[0], &ins[1]);
+    let (ra, rb) = (a.shape.len(), b.shape.len());
+    let (rows, k) = (a.shape[ra - 2], a.shape[ra - 1]);
+    let n = shape[shape.len() - 1];
+    let (av, bv) = (a.widened()?, b.widened()?);
+    let y = floats(out)?;
+    let right = |data| {
+        if trans_b { MatRef::new(data, n, k).t() } else { MatRef::new(data, k, n) }
+    };
+    // A plain matrix on the right serves all rows of a batch at once.
+    if rb == 2 {
+        let rows = av.len() / k.max(1);
+        cpu::matmul(&m.pool, m.isa, MatRef::new(&av, rows, k), right(&bv), y, n);
+        return Ok(());
+    }
+    let lead = &shape[..shape.len() - 2];
+    let batch: usize = lead.iter().product();
+    if a.shape[..ra - 2] == *lead && b.shape[..rb - 2] == *lead {
+        let (am, bm) = (MatRef::new(&av, rows, k), right(&bv));
+        cpu::matmul_batched(&m.pool, m.isa, batch, (am, rows * k), (bm, n * k), y, (n, rows * n));
+        return Ok(());
+    }
+    for i in 0..batch {
+        let at = |s: &[usize]| broadcast_index(i, lead, &s[..s.len() - 2]);
+        let (ia, ib) = (at(&a.shape), at(&b.shape));
+        let am = MatRef::new(&av[ia * rows * k..], rows, k);
+        cpu::matmul(&m.pool, m.isa, am, right(&bv[ib * n * k..]), &mut y[i * rows * n..(i + 1) * rows * n], n);
+    }
+    Ok(())
+}
+
+/// The place in a tensor of leading dimensions `dims` of the element at place `i` of the common leading dimensions.
+fn broadcast_index(i: usize, common: &[usize], dims: &[usize]) -> usize {
+    let (mut rest, mut at, mut stride) = (i, 0, 1);
+    let skip = common.len() - dims.len();
+    for (axis, &n) in common.iter().enumerate().rev() {
+        let x = rest % n;
+        rest /= n;
+        if axis >= skip {
+            let d = dims[axis - skip];
+            at += stride * if d == 1 { 0 } else { x };
+            stride *= d;
+        }
+    }
+    at
+}
+
+fn rope(m: &Machine, attr: &RopeAttr, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let pos = ins[1].i32()?;
+    let d = attr.head_dim as usize;
+    let (freq, factor) = (attr.inv_freq(), attr.attention_factor());
+    let mut tables = [Vec::with_capacity(pos.len() * d / 2), Vec::with_capacity(pos.len() * d / 2)];
+    for &p in pos {
+        for f in &freq {
+            // The angle is rounded to f32 once, as the definition of the operation has it.
+            let angle = f64::from((f64::from(p) * f64::from(*f as f32)) as f32);
+            tables[0].push((f64::from(angle.cos() as f32) * factor) as f32);
+            tables[1].push((f64::from(angle.sin() as f32) * factor) as f32);
+        }
+    }
+    let heads = ins[0].shape[2] / d;
+    cpu::rope(&m.pool, m.isa, ins[0].f32()?, heads, d, &tables[0], &tables[1], floats(out)?);
+    Ok(())
+}
+
+fn transpose(perm: &[u8], x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+    let mut strides = vec![1; x.shape.len()];
+    for i in (0..x.shape.len().saturating_sub(1)).rev() {
+        strides[i] = strides[i + 1] * x.shape[i + 1];
+    }
+    let steps: Vec<usize> = perm.iter().map(|&p| strides[usize::from(p)]).collect();
+    let shape = out.0.clone();
+    let (data, y) = (x.f32()?, floats(out)?);
+    let (n, step) = (shape.last().copied().unwrap_or(1).max(1), steps.last().copied().unwrap_or(1));
+    for (r, row) in y.chunks_mut(n).enumerate() {
+        let (mut rest, mut at) = (r, 0);
+        for (size, stride) in shape.iter().zip(&steps).rev().skip(1) {
+            at += rest % size * stride;
+            rest /= size;
+        }
+        row.iter_mut().enumerate().for_each(|(i, y)| *y = data[at + i * step]);
+    }
+    Ok(())
+}
+
+fn cast(op: &Op, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+    let Op::Cast(elem) = op else { return Err(wrong_kind()) };
+    let len: usize = out.0.iter().product();
+    let wide: Vec<f32> = match x.data()? {
+        Slice::I32(v) => v.iter().map(|&x| x as f32).collect(),
+        Slice::I8(v) => v.iter().map(|&x| f32::from(x)).collect(),
+        Slice::U8(v) => v.iter().map(|&x| f32::from(x)).collect(),
+        Slice::F32(_) | Slice::Const(_) => x.widened()?.into_owned(),
+    };
+    match &mut out.1 {
+        Data::F32(y) => {
+            let round = |x: f32| match elem {
+                qrmc_ir::Elem::F16 => half::f16::from_f32(x).to_f32(),
+                qrmc_ir::Elem::BF16 => half::bf16::from_f32(x).to_f32(),
+                _ => x,
+            };
+            y[..len].iter_mut().zip(wide).for_each(|(y, x)| *y = round(x));
+        }
+        Data::I32(y) => y[..len].iter_mut().zip(wide).for_each(|(y, x)| *y = x as i32),
+        Data::I8(y) => y[..len].iter_mut().zip(wide).for_each(|(y, x)| *y = x as i8),
+        Data::U8(y) => y[..len].iter_mut().zip(wide).for_each(|(y, x)| *y = x as u8),
+        Data::F64(_) => return Err(wrong_kind()),
+    }
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! A loaded model: prefill and decode with caches.
+
+use qrmc_ir::{EngineError, ModelFacts, Module, Prepared, Tensor, WeightSource};
+
+use crate::engine::{CpuEngine, Input, KvCache, Loaded};
+
+/// Positions that prefill runs at once, and rows of logits that exist at once.
+const CHUNK: usize = 512;
+
+/// A model with its weights in memory, ready to run.
+pub struct Session {
+    embed: Loaded,
+    layers: Vec<Loaded>,
+    head: Loaded,
+    facts: ModelFacts,
+}
+
+/// Keys and values of every layer.
+pub struct Caches(Vec<(KvCache, KvCache)>);
+
+impl Caches {
+    /// Positions held.
+    pub fn len(&self) -> usize {
+        self.0.first().map_or(0, |(k, _)| k.len())
+    }
+
+    /// Whether nothing is held.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Forgets all positions from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        for (k, v) in &mut self.0 {
+            k.truncate(len);
+            v.truncate(len);
+        }
+    }
+}
+
+impl Session {
+    /// Loads every function of a decoder.
+    ///
+    /// # Errors
+    /// If a function is missing, cannot run on this engine, or a weight cannot be read.
+    pub fn load(engine: &CpuEngine, module: &Module, weights: &dyn WeightSource) -> Result<Self, EngineError> {
+        let load = |name: &str| match module.find_func(name) {
+            Some(f) => engine.load(module, module.func(f), weights),
+            None => Err(EngineError::System(format!("the model has no @{name}, so it is no decoder"))),
+        };
+        let layers = module.layers().into_iter().map(|f| engine.load(module, module.func(f), weights));
+        Ok(Session {
+            embed: load("embed")?,
+            layers: layers.collect::<Result<_, _>>()?,
+            head: load("head")?,
+            facts: module.facts.clone(),
+        })
+    }
+
+    /// Facts about the model.
+    pub fn facts(&self) -> &ModelFacts {
+        &self.facts
+    }
+
+    /// Bytes of all weights in memory.
+    pub fn bytes(&self) -> usize {
+        self.embed.bytes() + self.layers.iter().map(Loaded::bytes).sum::<usize>() + self.head.bytes()
+    }
+
+    /// Empty caches with room for `capacity` positions of `batch` sequences.
+    pub fn caches(&self, batch: usize, capacity: usize) -> Caches {
+        let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
+        let new = || KvCache::new(batch, capacity, width);
+        Caches(self.layers.iter().map(|_| (new(), new())).collect())
+    }
+
+    /// The residual stream behind the last layer, `[B, S, hidden]`, for token ids `[B, S]` that follow what the caches
+    /// hold; their keys and values are appended.
+    ///
+    /// # Errors
+    /// If an id is outside the vocabulary or the caches are full.
+    pub fn stream(&self, ids: &Tensor, caches: &mut Caches) -> Result<Tensor, EngineError> {
+        let (past, seq) = (caches.len(), ids.shape()[1]);
+        let pos = Tensor::i32([seq], (past..past + seq).map(|p| p as i32).collect());
+        let mut x = self.embed.run(&[ids])?.remove(0);
+        for (layer, (k, v)) in self.layers.iter().zip(&mut caches.0) {
+            let mut args = [Input::Tensor(&x), Input::Tensor(&pos), Input::Cache(k), Input::Cache(v)];
+            x = layer.run_inputs(&mut args)?.remove(0);
+        }
+        Ok(x)
+    }
+
+    /// Logits `[B, S, vocab]` of a residual stream.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn logits(&self, stream: &Tensor) -> Result<Tensor, EngineError> {
+        Ok(self.head.run(&[stream])?.remove(0))
+    }
+
+    /// Runs one sequence of tokens into the caches and gives the logits behind the last of them.
+    ///
+    /// # Errors
+    /// As [`Session::stream`].
+    pub fn prefill(&self, tokens: &[u32], caches: &mut Caches) -> Result<Vec<f32>, EngineError> {
+        let mut last = None;
+        for part in tokens.chunks(CHUNK) {
+            let ids = Tensor::i32([1, part.len()], part.iter().map(|&t| t as i32).collect());
+            last = Some(self.stream(&ids, caches)?);
+        }
+        let Some(x) = last else { return Err(EngineError::System("a prompt without tokens".into())) };
+        let width = x.shape()[2];
+        let rows = x.as_f32().unwrap_or(&[]);
+        let row = Tensor::f32([1, 1, width], rows[rows.len() - width..].to_vec());
+        Ok(self.logits(&row)?.as_f32().unwrap_or(&[]).to_vec())
+    }
+}
+
+/// The rows of a stream `[1, S, n]` in parts of at most 512: logits of all at once would not fit for long windows.
+pub(crate) fn row_parts(stream: &Tensor) -> impl Iterator<Item = Tensor> + '_ {
+    let n = stream.shape()[2];
+    stream.as_f32().unwrap_or(&[]).chunks(CHUNK * n).map(move |rows| Tensor::f32([1, rows.len() / n, n], rows.to_vec()))
+}

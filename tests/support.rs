@@ -1,0 +1,62 @@
+//! What the tests share.
+
+use std::path::{Path, PathBuf};
+
+use qrmc_frontends::Imported;
+use qrmc_ir::{Elem, Tensor};
+
+/// A path under `tests/data`.
+pub(crate) fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+pub(crate) const TINY: &str = "tiny-qwen2-wiki";
+
+pub(crate) const FIXTURES: [&str; 5] =
+    ["llama-gqa-rope3", "llama-mha-tied", "qwen2-bias-tied", "qwen2-bias-untied", "qwen3-qknorm"];
+
+pub(crate) fn import(name: &str) -> Imported {
+    qrmc_frontends::import(&data(name)).unwrap()
+}
+
+/// The tensors of a fixture's `reference.safetensors`.
+pub(crate) struct Reference {
+    bytes: Vec<u8>,
+}
+
+impl Reference {
+    pub(crate) fn open(fixture: &str) -> Self {
+        let path = data("fixtures").join(fixture).join("reference.safetensors");
+        Reference { bytes: std::fs::read(path).unwrap() }
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Tensor {
+        let file = safetensors::SafeTensors::deserialize(&self.bytes).unwrap();
+        let view = file.tensor(name).unwrap();
+        match view.dtype() {
+            safetensors::Dtype::I64 => {
+                let ids = view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as i32);
+                Tensor::i32(view.shape(), ids.collect())
+            }
+            _ => Tensor::from_le_bytes(Elem::F32, view.shape(), view.data()).unwrap(),
+        }
+    }
+}
+
+/// Largest difference, and largest magnitude of the reference.
+pub(crate) fn gap(have: &Tensor, want: &Tensor) -> (f32, f32) {
+    assert_eq!(have.shape(), want.shape());
+    let (h, w) = (have.as_f32().unwrap(), want.as_f32().unwrap());
+    let max = |it: &mut dyn Iterator<Item = f32>| it.fold(0.0, f32::max);
+    let diff = max(&mut h.iter().zip(w).map(|(a, b)| if a.is_nan() { f32::INFINITY } else { (a - b).abs() }));
+    (diff, max(&mut w.iter().map(|x| x.abs())))
+}
+
+/// Arguments of `@main` without anything in the caches.
+pub(crate) fn main_args(module: &qrmc_ir::Module, ids: &Tensor) -> Vec<Tensor> {
+    let (b, s) = (ids.shape()[0], ids.shape()[1]);
+    let width = (module.facts.kv_heads * module.facts.head_dim) as usize;
+    let mut args = vec![ids.clone(), Tensor::i32([s], (0..s as i32).collect())];
+    args.extend((0..2 * module.facts.layers).map(|_| Tensor::zeros([b, 0, width])));
+    args
+}
