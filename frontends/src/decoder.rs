@@ -16,7 +16,7 @@ use crate::{Checkpoint, ImportError};
 ///
 /// # Errors
 /// If a tensor is missing, has another shape than the configuration says, or is one that the architecture does not use.
-pub fn build(path: &Path, config: &DecoderConfig, weights: &dyn Checkpoint) -> Result<Module, ImportError> {
+pub(crate) fn build(path: &Path, config: &DecoderConfig, weights: &dyn Checkpoint) -> Result<Module, ImportError> {
     let mut module = Module::new(config.facts.clone());
     declare(&mut module, path, config, weights)?;
     let internal = |d: Diag| ImportError::new(path, format!("the configuration does not make a model: {d}"));

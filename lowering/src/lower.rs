@@ -26,6 +26,8 @@ pub fn lower(module: Verified<'_>, target: &dyn Target) -> Result<Vec<Program>, 
 pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<Program, Diag> {
     check_types(module, func)?;
     let legal = legalize(module, func, target)?;
+    // Expansion may read weights in another order; what callers bind is the order of the function that they gave.
+    let order = weight_order(&qrmc_ir::prune(func));
     let derived = legal.weight_derived();
     // Without parameters there is nothing to prepare for: all of it runs once.
     let hoist = !legal.params.is_empty();
@@ -33,7 +35,7 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
         func: &legal,
         derived: if hoist { derived } else { vec![false; legal.value_count()] },
         args: HashMap::new(),
-        weights: weight_order(&legal),
+        weights: order.clone(),
         derived_roots: Vec::new(),
         program: Program {
             name: func.name.clone(),
@@ -55,14 +57,15 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
         // The initialiser sees the same weights in the same order, used or not.
         let f = extract(module, &legal, &format!("{}.init", func.name), &[], &roots)?;
         let mut init = lower_func(module, &f, target)?;
-        renumber_weights(&mut init, &weight_order(&f), &weight_order(&legal));
+        renumber_weights(&mut init, &weight_order(&qrmc_ir::prune(&f)), &order);
         init.weights.clone_from(&program.weights);
         program.init = Some(Box::new(init));
     }
     Ok(program)
 }
 
-/// The weights of a function in the order of first use: what the weight indices of its program mean.
+/// The weights of a function in the order of first use. On a pruned function, this is what the weight indices of its
+/// program mean.
 pub fn weight_order(func: &Func) -> Vec<(qrmc_ir::WeightId, TensorType)> {
     let mut order: Vec<(qrmc_ir::WeightId, TensorType)> = Vec::new();
     for node in &func.nodes {

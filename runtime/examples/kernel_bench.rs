@@ -292,7 +292,8 @@ fn main() -> Result<(), PoolError> {
     let wanted = args.next();
     let isa = Isa::available().into_iter().find(|i| wanted.as_deref() == Some(i.name())).unwrap_or(best);
     println!("instructions: {}", isa.name());
-    let groups: [(&str, fn(&Pool, Isa)); 6] = [
+    type Group = (&'static str, fn(&Pool, Isa));
+    let groups: [Group; 6] = [
         ("matmul", matrices),
         ("few", few_rows),
         ("cached", cached_rows),

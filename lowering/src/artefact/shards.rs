@@ -87,11 +87,6 @@ impl ShardWriter {
         format!("model-{:05}-of-{:05}.safetensors", i + 1, self.shards.len())
     }
 
-    /// Names of the tensors of each shard.
-    pub fn names(&self) -> impl Iterator<Item = (String, impl Iterator<Item = &str>)> {
-        self.shards.iter().enumerate().map(|(i, s)| (self.file_name(i), s.iter().map(|t| t.name.as_str())))
-    }
-
     /// Writes the next planned tensor; gives the name of its file.
     ///
     /// # Errors

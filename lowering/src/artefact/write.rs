@@ -140,6 +140,20 @@ impl<'a> ArtefactWriter<'a> {
         Ok(())
     }
 
+    /// Writes the index that tells Hugging Face readers which shard holds a tensor, if there are several.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn index(&mut self) -> Result<(), ArtefactError> {
+        if self.shards.count() == 1 {
+            return Ok(());
+        }
+        let total: u64 = self.tensors.values().map(|t| t.bytes).sum();
+        let map: BTreeMap<&str, &str> = self.tensors.iter().map(|(n, t)| (n.as_str(), t.file.as_str())).collect();
+        let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": map });
+        self.file("model.safetensors.index.json", format!("{index:#}\n").as_bytes())
+    }
+
     /// Writes the manifest.
     ///
     /// # Errors

@@ -4,10 +4,12 @@
 use super::dot_avx512;
 #[cfg(target_arch = "x86_64")]
 use super::simd::Level;
-use super::simd::{Isa, Kernel, Lanes, bf16_to_f32, f16_to_f32};
+use super::simd::{Isa, Kernel, Lanes};
 #[cfg(target_arch = "x86_64")]
 use super::tile_avx512;
-use super::weight::{PackedRow, Row};
+#[cfg(target_arch = "x86_64")]
+use super::weight::PackedRow;
+use super::weight::{Row, fill};
 
 /// How `x` must lie for a row of weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,21 +25,23 @@ pub(crate) enum Layout {
 
 /// How `x` must lie for these rows of `k` elements.
 pub(crate) fn layout(isa: Isa, row: &Row<'_>, k: usize) -> Layout {
-    #[cfg(target_arch = "x86_64")]
-    let every_width = isa.level() == Level::Avx512;
-    #[cfg(not(target_arch = "x86_64"))]
-    let every_width = false;
-    match row {
-        Row::Packed(p) if by_pairs(p, k) => Layout::SplitPairs,
-        Row::Packed(p) => match p.group.is_multiple_of(16) || p.group == k {
-            true if p.bits == 8 || every_width => Layout::Natural,
-            _ => Layout::Unfused,
-        },
+    match (row, isa.level()) {
+        #[cfg(target_arch = "x86_64")]
+        (Row::Packed(p), Level::Avx512) => {
+            if by_pairs(p, k) {
+                Layout::SplitPairs
+            } else if p.group.is_multiple_of(16) || p.group == k {
+                Layout::Natural
+            } else {
+                Layout::Unfused
+            }
+        }
         _ => Layout::Natural,
     }
 }
 
-/// Whether there is a kernel for these codes of four bits.
+/// Whether AVX-512 takes these codes of four bits in [`Layout::SplitPairs`].
+#[cfg(target_arch = "x86_64")]
 pub(crate) fn by_pairs(p: &PackedRow<'_>, k: usize) -> bool {
     p.bits == 4 && (p.group.is_multiple_of(32) || p.group == k)
 }
@@ -125,31 +129,40 @@ impl<'w, R: Fn(usize) -> Row<'w>, P: FnMut(usize, [f32; M]), const M: usize> Ker
     }
 }
 
+/// Lanes of a product. Many, so that each loop over them is a loop that LLVM vectorises and does not unroll whole.
+const LANES: usize = 128;
+
 #[inline(always)]
 fn one<L: Lanes, const M: usize>(row: Row<'_>, x: [&[f32]; M]) -> [f32; M] {
-    let mut acc = [[0f32; 16]; M];
+    let mut acc = [[0f32; LANES]; M];
+    let mut buf = [0f32; LANES];
     let k = x[0].len();
-    let x = x.map(|x| &x[..k]);
-    match row {
-        Row::F32(w) => {
-            let (blocks, _) = w.as_chunks::<16>();
-            for (b, w) in blocks.iter().enumerate() {
-                step::<L, M>(&mut acc, w, x, 16 * b);
+    for at in (0..k).step_by(LANES) {
+        let n = LANES.min(k - at);
+        let w = match row {
+            Row::F32(w) => &w[at..at + n],
+            _ => {
+                fill(&row, at, &mut buf[..n]);
+                &buf[..n]
             }
-            tail::<L, M>(&mut acc, x, k / 16 * 16, k, |i| w[i]);
+        };
+        for (acc, x) in acc.iter_mut().zip(x) {
+            for ((a, &x), &w) in acc.iter_mut().zip(&x[at..at + n]).zip(w) {
+                *a = L::mul_add(x, w, *a);
+            }
         }
-        Row::F16(w) => {
-            let (halves, _) = w.as_chunks::<2>();
-            sixteen::<L, M>(&mut acc, x, halves, f16_to_f32);
-        }
-        Row::BF16(w) => {
-            let (halves, _) = w.as_chunks::<2>();
-            sixteen::<L, M>(&mut acc, x, halves, bf16_to_f32);
-        }
-        Row::Packed(p) if p.bits == 8 => packed8::<L, M>(&mut acc, x, p),
-        Row::Packed(p) => packed4::<L, M>(&mut acc, x, p),
     }
-    acc.map(fold)
+    for acc in &mut acc {
+        let mut width = LANES / 2;
+        while width > 0 {
+            let (low, high) = acc.split_at_mut(width);
+            for (l, &h) in low.iter_mut().zip(&*high) {
+                *l += h;
+            }
+            width /= 2;
+        }
+    }
+    acc.map(|a| a[0])
 }
 
 /// [`dot_rows`] for rows of floats and many rows of `x`: four stored rows at a time where that pays.
@@ -173,101 +186,4 @@ pub(crate) fn dot_floats<'w, 'x>(
         }
     }
     dot_rows(isa, count - done, |j| Row::F32(row(done + j)), x, outs, at + done);
-}
-
-/// Sixteen products added to sixteen lanes.
-#[inline(always)]
-fn step<L: Lanes, const M: usize>(acc: &mut [[f32; 16]; M], w: &[f32; 16], x: [&[f32]; M], at: usize) {
-    for (acc, x) in acc.iter_mut().zip(x) {
-        let x = &x[at..at + 16];
-        for l in 0..16 {
-            acc[l] = L::mul_add(x[l], w[l], acc[l]);
-        }
-    }
-}
-
-/// The elements `from..to`, fewer than the kernel's block, one by one.
-#[inline(always)]
-fn tail<L: Lanes, const M: usize>(
-    acc: &mut [[f32; 16]; M],
-    x: [&[f32]; M],
-    from: usize,
-    to: usize,
-    w: impl Fn(usize) -> f32,
-) {
-    for i in from..to {
-        let w = w(i);
-        for (acc, x) in acc.iter_mut().zip(x) {
-            acc[i % 16] = L::mul_add(x[i], w, acc[i % 16]);
-        }
-    }
-}
-
-#[inline(always)]
-fn sixteen<L: Lanes, const M: usize>(
-    acc: &mut [[f32; 16]; M],
-    x: [&[f32]; M],
-    halves: &[[u8; 2]],
-    widen: impl Fn(u16) -> f32,
-) {
-    let (blocks, _) = halves.as_chunks::<16>();
-    for (b, w) in blocks.iter().enumerate() {
-        let mut wide = [0f32; 16];
-        for l in 0..16 {
-            wide[l] = widen(u16::from_le_bytes(w[l]));
-        }
-        step::<L, M>(acc, &wide, x, 16 * b);
-    }
-    let k = halves.len();
-    tail::<L, M>(acc, x, k / 16 * 16, k, |i| widen(u16::from_le_bytes(halves[i])));
-}
-
-#[inline(always)]
-fn packed8<L: Lanes, const M: usize>(acc: &mut [[f32; 16]; M], x: [&[f32]; M], p: PackedRow<'_>) {
-    for (g, codes) in p.codes.chunks_exact(p.group).enumerate() {
-        let ((scale, zero), base) = (p.params(g), g * p.group);
-        let (blocks, _) = codes.as_chunks::<16>();
-        for (b, codes) in blocks.iter().enumerate() {
-            let mut w = [0f32; 16];
-            for l in 0..16 {
-                w[l] = scale * (f32::from(codes[l]) - zero);
-            }
-            step::<L, M>(acc, &w, x, base + 16 * b);
-        }
-        let whole = codes.len() / 16 * 16;
-        tail::<L, M>(acc, x, base + whole, base + codes.len(), |i| {
-            scale * (f32::from(codes[i - base]) - zero)
-        });
-    }
-}
-
-#[inline(always)]
-fn packed4<L: Lanes, const M: usize>(acc: &mut [[f32; 16]; M], x: [&[f32]; M], p: PackedRow<'_>) {
-    let k = x[0].len();
-    for (g, codes) in p.codes.chunks(p.group.div_ceil(2)).enumerate() {
-        let ((scale, zero), base) = (p.params(g), g * p.group);
-        let (blocks, _) = codes.as_chunks::<16>();
-        let whole = (p.group / 32).min(blocks.len());
-        for (b, codes) in blocks[..whole].iter().enumerate() {
-            let (mut low, mut high) = ([0f32; 16], [0f32; 16]);
-            for l in 0..16 {
-                low[l] = scale * (f32::from(codes[l] & 15) - zero);
-                high[l] = scale * (f32::from(codes[l] >> 4) - zero);
-            }
-            step::<L, M>(acc, &low, x, base + 32 * b);
-            step::<L, M>(acc, &high, x, base + 32 * b + 16);
-        }
-        tail::<L, M>(acc, x, base + 32 * whole, (base + p.group).min(k), |i| {
-            let i = i - base;
-            scale * (f32::from(codes[i / 2] >> (4 * (i % 2)) & 15) - zero)
-        });
-    }
-}
-
-/// The sum of sixteen lanes as a tree.
-#[inline(always)]
-pub(crate) fn fold(lanes: [f32; 16]) -> f32 {
-    let a: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
-    let b: [f32; 4] = std::array::from_fn(|i| a[i] + a[i + 4]);
-    (b[0] + b[2]) + (b[1] + b[3])
 }

@@ -173,41 +173,52 @@ impl Kernel for Dequantize<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let out = self.out;
-        match self.row {
-            Row::F32(w) => out.copy_from_slice(w),
-            Row::F16(w) => {
-                let (halves, _) = w.as_chunks::<2>();
-                for (o, &b) in out.iter_mut().zip(halves) {
-                    *o = f16_to_f32(u16::from_le_bytes(b));
-                }
+        fill(&self.row, 0, self.out);
+    }
+}
+
+/// Elements `at..at + out.len()` of a row, `at` being a multiple of 8.
+#[inline(always)]
+pub(crate) fn fill(row: &Row<'_>, at: usize, out: &mut [f32]) {
+    let n = out.len();
+    match *row {
+        Row::F32(w) => out.copy_from_slice(&w[at..at + n]),
+        Row::F16(w) => {
+            let (halves, _) = w[2 * at..2 * (at + n)].as_chunks::<2>();
+            for (o, &b) in out.iter_mut().zip(halves) {
+                *o = f16_to_f32(u16::from_le_bytes(b));
             }
-            Row::BF16(w) => {
-                let (halves, _) = w.as_chunks::<2>();
-                for (o, &b) in out.iter_mut().zip(halves) {
-                    *o = bf16_to_f32(u16::from_le_bytes(b));
-                }
+        }
+        Row::BF16(w) => {
+            let (halves, _) = w[2 * at..2 * (at + n)].as_chunks::<2>();
+            for (o, &b) in out.iter_mut().zip(halves) {
+                *o = bf16_to_f32(u16::from_le_bytes(b));
             }
-            Row::Packed(p) => {
-                match p.bits {
-                    2 => unpack::<2>(p.codes, out),
-                    3 => unpack::<3>(p.codes, out),
-                    4 => unpack4(p.codes, out),
-                    5 => unpack::<5>(p.codes, out),
-                    6 => unpack::<6>(p.codes, out),
-                    7 => unpack::<7>(p.codes, out),
-                    _ => {
-                        for (o, &c) in out.iter_mut().zip(p.codes) {
-                            *o = f32::from(c);
-                        }
+        }
+        Row::Packed(p) => {
+            let bits = usize::from(p.bits);
+            let codes = &p.codes[at * bits / 8..((at + n) * bits).div_ceil(8)];
+            match bits {
+                2 => unpack::<2>(codes, out),
+                3 => unpack::<3>(codes, out),
+                4 => unpack4(codes, out),
+                5 => unpack::<5>(codes, out),
+                6 => unpack::<6>(codes, out),
+                7 => unpack::<7>(codes, out),
+                _ => {
+                    for (o, &c) in out.iter_mut().zip(codes) {
+                        *o = f32::from(c);
                     }
                 }
-                for (g, out) in out.chunks_exact_mut(p.group).enumerate() {
-                    let (scale, zero) = p.params(g);
-                    for o in out {
-                        *o = scale * (*o - zero);
-                    }
+            }
+            let (mut group, mut left, mut rest) = (at / p.group, p.group - at % p.group, out);
+            while !rest.is_empty() {
+                let (now, later) = rest.split_at_mut(left.min(rest.len()));
+                let (scale, zero) = p.params(group);
+                for o in now {
+                    *o = scale * (*o - zero);
                 }
+                (group, left, rest) = (group + 1, p.group, later);
             }
         }
     }

@@ -1,0 +1,212 @@
+//! `qrmc compile`.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use qrmc_ir::{Hash, Module, print, verify};
+use qrmc_lowering::artefact::{ArtefactWriter, Output, SourceInfo, TensorPlan, is_artefact};
+use qrmc_lowering::materialize;
+use qrmc_passes::{Calibration, LayerLoss, Manager, PassCx, PipelineError, Report, Unit};
+
+use super::recipe::Settings;
+use super::summary::Summary;
+use super::{emit, plan};
+use crate::cli::{CompileArgs, Emit};
+use crate::fail::{FAILURE, Failure, INTERRUPTED};
+use crate::memory::{Watch, private_bytes, show_bytes};
+use crate::model::{self, Model};
+use crate::store::DiskStore;
+use crate::ui::Ui;
+use crate::calib;
+
+/// Shows progress, keeps losses.
+struct Reporter<'a> {
+    ui: &'a Ui,
+    stop: Arc<AtomicBool>,
+    losses: Vec<(String, LayerLoss)>,
+    flops: f64,
+}
+
+impl Report for Reporter<'_> {
+    fn progress(&mut self, pass: &str, done: usize, total: usize, note: &str) {
+        let loss = self.losses.last().filter(|(p, l)| p == pass && l.layer + 1 == done);
+        let loss = loss.map(|(_, l)| format!("{} {:.2e} <- {:.2e}  ", l.what, l.after, l.before)).unwrap_or_default();
+        self.ui.progress(pass, done, total, &format!("{loss}{note} {}", show_bytes(private_bytes())));
+    }
+
+    fn loss(&mut self, pass: &str, loss: LayerLoss) {
+        self.losses.push((pass.to_owned(), loss));
+    }
+
+    fn flops(&mut self, _pass: &str, flops: f64) {
+        self.flops += flops;
+    }
+
+    fn interrupted(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
+    let (watch, start) = (Watch::start(), Instant::now());
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    // A second Ctrl-C ends the process at once; kept steps are whole files at any time.
+    let _ = ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::abort();
+        }
+    });
+    let engine = super::engine(&args.machine)?;
+    let path = model::locate(args.model.as_deref())?;
+    let model = model::open(&path, &engine)?;
+    let settings = Settings::decide(args, &model)?;
+    let target = args.output.clone().unwrap_or_else(|| settings.default_output(&model));
+    let needs = plan::estimate(&model, &settings, &engine)?;
+    plan::within(&needs, args.mem)?;
+    let ours: fn(&Path) -> bool = if args.emit == Emit::Fake { emit::is_fake } else { is_artefact };
+    let output = Output::prepare(&target, ours)?;
+    plan::check_disk(&output.folder(), needs.disk)?;
+    let source = model.examine(&engine)?;
+    let (calibration, text) = match &settings.calib {
+        None => (None, None),
+        Some(c) => {
+            let calibration = calib::load(c, &model.tokenizer()?)?;
+            let text = calibration.description.clone();
+            ui.note(&format!("calibration: {text}"));
+            (Some(calibration), Some(text))
+        }
+    };
+    let store = DiskStore::new(args.cache.clone().unwrap_or_else(|| output.steps()));
+    let mut report = Reporter { ui, stop: stop.clone(), losses: Vec::new(), flops: 0.0 };
+    let mut unit = Unit::new(model.module.clone(), model.weights.clone());
+    let calibrating = Instant::now();
+    let reports = {
+        let mut cx = PassCx {
+            engine: &engine,
+            calibration: calibration.as_ref(),
+            store: &store,
+            source_key: format!("{} {}", env!("CARGO_PKG_VERSION"), source.hash),
+            report: &mut report,
+        };
+        let mut after = |pass: &str, module: &Module| print_after(ui, args.print_after.as_deref(), pass, module);
+        let mut manager = Manager { check: settings.check, seed: settings.seed, after: &mut after };
+        manager.run(&mut unit, &settings.pipeline, &mut cx).map_err(|e| with_reproducer(e, &target, ui))?
+    };
+    let calibration_time = calibrating.elapsed();
+    ui.clear();
+    let verified = verify(&unit.module).map_err(|mut f| Failure::from(f.remove(0)))?;
+    let plan = materialize::plan(verified)?;
+    let tensors = plan.tensors();
+    let recipe = settings.recipe(&source, calibration.as_ref().map(|c: &Calibration| c.hash().hex()));
+    let recipe = serde_yaml_ng::to_string(&recipe).map_err(|e| Failure::new(FAILURE, e.to_string()))?;
+    let mut summary = Summary {
+        output: target.display().to_string(),
+        model: path.display().to_string(),
+        source_bytes: source_bytes(&model),
+        reports,
+        losses: report.losses,
+        rounding: Vec::new(),
+        flops: report.flops,
+        time: start.elapsed(),
+        calibration_time,
+        peak: 0,
+        planned: needs.memory,
+        text,
+        fake: args.emit == Emit::Fake,
+    };
+    let mut fake = match args.emit {
+        Emit::Packed => None,
+        Emit::Fake => Some(emit::Fake::plan(&plan.module, &model.module)?),
+    };
+    let written = fake.as_ref().map_or_else(|| tensors.clone(), |f| f.tensors.clone());
+    let mut writer = ArtefactWriter::new(&output, written, args.shard_size);
+    let mut done = 0;
+    let mut put = |t: &TensorPlan, bytes: &[u8]| {
+        done += 1;
+        ui.progress("write", done, tensors.len(), &t.name);
+        match &mut fake {
+            None => writer.tensor(&t.name, bytes),
+            Some(fake) => match fake.take(t, bytes)? {
+                Some((t, bytes)) => writer.tensor(&t.name, &bytes),
+                None => Ok(()),
+            },
+        }
+    };
+    summary.rounding = plan.run(&engine, &unit.weights, &mut put)?;
+    ui.clear();
+    if stop.load(Ordering::Relaxed) {
+        return Err(Failure::new(INTERRUPTED, "interrupted; run the same command again to go on"));
+    }
+    write_files(&mut writer, args.emit, &model, &plan.module, &recipe)?;
+    let pipeline = unit.module.history.clone();
+    let manifest = finish(writer, args.emit, source, pipeline)?;
+    output.publish()?;
+    summary.time = start.elapsed();
+    summary.peak = watch.peak();
+    if ui.json() {
+        ui.object(&summary.json(&manifest));
+    } else {
+        summary.show(ui, &manifest);
+    }
+    Ok(())
+}
+
+fn source_bytes(model: &Model) -> u64 {
+    match &model.checkpoint {
+        Some(c) => c.weight_files().iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum(),
+        None => 0,
+    }
+}
+
+fn write_files(
+    writer: &mut ArtefactWriter<'_>,
+    emit: Emit,
+    model: &Model,
+    module: &Module,
+    recipe: &str,
+) -> Result<(), Failure> {
+    if emit == Emit::Packed {
+        writer.file("model.qir", print(module).as_bytes())?;
+    }
+    writer.file("recipe.yaml", recipe.as_bytes())?;
+    for f in &model.files {
+        let fake = (emit == Emit::Fake).then(|| emit::config(f)).flatten();
+        writer.file(&f.name, fake.as_deref().unwrap_or(&f.bytes))?;
+    }
+    Ok(())
+}
+
+fn finish(
+    mut writer: ArtefactWriter<'_>,
+    emit: Emit,
+    source: SourceInfo,
+    pipeline: Vec<String>,
+) -> Result<qrmc_lowering::artefact::Manifest, Failure> {
+    if emit == Emit::Fake {
+        writer.index()?;
+    }
+    Ok(writer.finish(env!("CARGO_PKG_VERSION"), source, pipeline)?)
+}
+
+/// Prints the module after a pass that was asked for.
+pub(crate) fn print_after(ui: &Ui, wanted: Option<&str>, pass: &str, module: &Module) {
+    let name = pass.split('{').next().unwrap_or(pass);
+    if wanted.is_some_and(|w| name.contains(w)) {
+        ui.note(&format!("// after {pass}\n{}", print(module)));
+    }
+}
+
+/// Turns a failed pipeline into a failure; a fault of qrmc leaves a reproducer.
+fn with_reproducer(e: PipelineError, target: &Path, ui: &Ui) -> Failure {
+    if let PipelineError::Verify { reproducer, .. } = &e {
+        let name = format!("qrmc-reproducer-{}.qir", &Hash::of([reproducer.as_bytes()]).hex()[..12]);
+        let path = target.with_file_name(name);
+        if std::fs::write(&path, reproducer).is_ok() {
+            ui.note(&format!("the module before the failing pass is in {}", path.display()));
+        }
+    }
+    e.into()
+}

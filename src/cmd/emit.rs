@@ -1,0 +1,137 @@
+//! `--emit fake`: an ordinary Hugging Face folder in bf16 whose weights are the de-quantized ones.
+
+use std::path::Path;
+
+use qrmc_frontends::SideFile;
+use qrmc_ir::grid::{self, QParam};
+use qrmc_ir::{Data, Elem, Func, Module, Tensor, TensorType, ValueId, pack};
+use qrmc_lowering::artefact::{ArtefactError, TensorPlan};
+use serde_json::Value;
+
+use crate::fail::{Failure, ILLEGAL};
+
+/// Whether a folder is what `--emit fake` wrote.
+pub(crate) fn is_fake(path: &Path) -> bool {
+    path.join("manifest.json").is_file() && path.join("config.json").is_file() && !path.join("model.qir").exists()
+}
+
+/// Turns the tensors of an artefact, in their order, into those of a checkpoint.
+pub(crate) struct Fake {
+    /// What will be written, in order.
+    pub(crate) tensors: Vec<TensorPlan>,
+    next: usize,
+    /// Parts of the tensor that comes next.
+    parts: Vec<(TensorPlan, Vec<u8>)>,
+}
+
+impl Fake {
+    /// Plans a checkpoint with the names and shapes of `source` for the materialised module `packed`.
+    ///
+    /// With each quantized weight in the place of the float one, the graph must be the source's: then what loads the
+    /// source loads the result, and computes the same function.
+    pub(crate) fn plan(packed: &Module, source: &Module) -> Result<Self, Failure> {
+        for (have, want) in packed.funcs.iter().zip(&source.funcs) {
+            if skeleton(have) != skeleton(want) {
+                let m = format!("@{} is not the source's graph any more: an ordinary checkpoint cannot hold it", have.name);
+                return Err(Failure::new(ILLEGAL, m)
+                    .hint("compile without --emit fake: the artefact keeps the whole graph"));
+            }
+        }
+        let mut tensors = Vec::new();
+        for w in packed.weights() {
+            if [".scale", ".zero"].iter().any(|s| w.name.ends_with(s)) {
+                continue;
+            }
+            let name = w.name.strip_suffix(".codes").unwrap_or(&w.name);
+            let Some(original) = source.find_weight(name) else {
+                return Err(Failure::new(ILLEGAL, format!("tensor `{name}` has no place in an ordinary checkpoint"))
+                    .hint("compile without --emit fake"));
+            };
+            let shape = source.weight(original).ty.shape.clone();
+            tensors.push(TensorPlan { name: name.to_owned(), ty: TensorType { elem: Elem::BF16, shape } });
+        }
+        Ok(Fake { tensors, next: 0, parts: Vec::new() })
+    }
+
+    /// Takes the next tensor of the artefact; gives the next of the checkpoint when all its parts are there.
+    pub(crate) fn take(
+        &mut self,
+        t: &TensorPlan,
+        bytes: &[u8],
+    ) -> Result<Option<(&TensorPlan, Vec<u8>)>, ArtefactError> {
+        self.parts.push((t.clone(), bytes.to_vec()));
+        let wanted = match self.parts[0].0.ty.elem {
+            Elem::Quant(spec) => 2 + usize::from(spec.zero),
+            _ => 1,
+        };
+        if self.parts.len() < wanted {
+            return Ok(None);
+        }
+        let plan = &self.tensors[self.next];
+        let fault = |what: String| ArtefactError { path: plan.name.clone().into(), what, hint: None };
+        let bytes = values(&self.parts).and_then(|t| t.to_le_bytes(Elem::BF16)).map_err(fault)?;
+        self.parts.clear();
+        self.next += 1;
+        Ok(Some((plan, bytes)))
+    }
+}
+
+/// The operations that stay online, with weight-derived operands as holes of their shape.
+fn skeleton(f: &Func) -> Vec<String> {
+    let derived = f.weight_derived();
+    let number = |v: ValueId| f.value_ids().take_while(|x| *x != v).filter(|x| !derived[x.0 as usize]).count();
+    let online = f.nodes.iter().filter(|n| n.outs.iter().any(|o| !derived[o.0 as usize]));
+    online
+        .map(|node| {
+            let (word, attrs) = node.op.text();
+            let attrs = attrs.iter().map(|(k, v)| format!(" {k}={v}")).collect::<String>();
+            let operand = |v: &ValueId| match derived[v.0 as usize] {
+                true => format!(" weight{}", f.ty(*v).shape),
+                false => format!(" {}", number(*v)),
+            };
+            format!("{word}{attrs}{}", node.ins.iter().map(operand).collect::<String>())
+        })
+        .collect()
+}
+
+/// The float values of a tensor from its stored parts.
+fn values(parts: &[(TensorPlan, Vec<u8>)]) -> Result<Tensor, String> {
+    let read = |(t, bytes): &(TensorPlan, Vec<u8>)| {
+        let shape = t.ty.shape.as_fixed().unwrap_or_default();
+        match t.ty.elem {
+            Elem::Quant(spec) => pack::unpack(bytes, spec, &shape),
+            elem => Tensor::from_le_bytes(elem, &shape, bytes),
+        }
+    };
+    let first = read(&parts[0])?;
+    let Elem::Quant(spec) = parts[0].0.ty.elem else { return Ok(first) };
+    let (scales, zeros) = (read(&parts[1])?, parts.get(2).map(read).transpose()?);
+    let byte = |t: &Tensor, i: usize| match t.data() {
+        Data::U8(v) => i32::from(v[i]),
+        Data::I8(v) => i32::from(v[i]),
+        _ => 0,
+    };
+    let cols = first.shape().last().copied().unwrap_or(1);
+    let run = grid::run_length(spec, first.len() / cols.max(1), cols);
+    let scale = scales.as_f32().ok_or("scales are floats")?;
+    let value = |i: usize| {
+        let zero = zeros.as_ref().map_or(0, |z| byte(z, i / run));
+        grid::dequantize(byte(&first, i), QParam { scale: scale[i / run], zero })
+    };
+    Ok(Tensor::f32(first.shape(), (0..first.len()).map(value).collect()))
+}
+
+/// `config.json` with the type of the weights set to bf16; `None` for a file that stays as it is.
+pub(crate) fn config(f: &SideFile) -> Option<Vec<u8>> {
+    if f.name != "config.json" {
+        return None;
+    }
+    let mut v: Value = serde_json::from_slice(&f.bytes).ok()?;
+    let o = v.as_object_mut()?;
+    // transformers 5 writes `dtype`, earlier ones `torch_dtype`; whichever is there is set.
+    let key = if o.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+    o.insert(key.into(), Value::String("bfloat16".into()));
+    let mut text = serde_json::to_vec_pretty(&v).ok()?;
+    text.push(b'\n');
+    Some(text)
+}

@@ -1,0 +1,210 @@
+//! `qrmc plan`: what a compile will need.
+
+use std::time::Instant;
+
+use qrmc_ir::{Module, Tensor};
+use qrmc_lowering::materialize;
+use qrmc_passes::Pipeline;
+use qrmc_runtime::cpu::{MatRef, matmul};
+use qrmc_runtime::engine::CpuEngine;
+
+use super::recipe::Settings;
+use crate::cli::CompileArgs;
+use crate::fail::{FAILURE, Failure, OVER_BUDGET};
+use crate::memory::{private_bytes, show_bytes};
+use crate::model::{self, Model};
+use crate::ui::Ui;
+
+/// Tokens that run through a layer at a time; see `qrmc_passes`.
+const BATCH_TOKENS: u64 = 2048;
+
+/// What a compile will need.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Needs {
+    /// Private memory at the worst moment, in bytes; mapped files do not count.
+    pub(crate) memory: u64,
+    /// Bytes written beside the output before it takes its place.
+    pub(crate) disk: u64,
+    /// Floating-point operations in products.
+    pub(crate) flops: f64,
+    /// Seconds, roughly.
+    pub(crate) seconds: f64,
+}
+
+pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
+    let engine = super::engine(&args.machine)?;
+    let path = model::locate(args.model.as_deref())?;
+    let model = model::open(&path, &engine)?;
+    let settings = Settings::decide(args, &model)?;
+    let needs = estimate(&model, &settings, &engine)?;
+    if ui.json() {
+        ui.object(&serde_json::json!({
+            "pass": settings.pipeline.to_string(),
+            "memory_bytes": needs.memory,
+            "disk_bytes": needs.disk,
+            "flops": needs.flops,
+            "seconds": needs.seconds,
+        }));
+    } else {
+        ui.out(&format!("passes   {}", settings.pipeline));
+        if let Some(c) = &settings.calib {
+            ui.out(&format!("text     {} windows of {} tokens from {}", c.nsamples, c.seqlen, c.path.display()));
+        }
+        ui.out(&format!("memory   {} private at most; the source is mapped beside it", show_bytes(needs.memory)));
+        ui.out(&format!("disk     {}", show_bytes(needs.disk)));
+        ui.out(&format!("products {:.1} TFLOP", needs.flops / 1e12));
+        ui.out(&format!("time     about {}", super::summary::show_time(needs.seconds)));
+    }
+    within(&needs, args.mem)
+}
+
+/// Refuses what does not fit the granted memory.
+pub(crate) fn within(needs: &Needs, granted: Option<u64>) -> Result<(), Failure> {
+    match granted {
+        Some(mem) if needs.memory > mem => Err(Failure::new(
+            OVER_BUDGET,
+            format!("this needs {} of memory; --mem grants {}", show_bytes(needs.memory), show_bytes(mem)),
+        )
+        .hint("fewer calibration windows (--nsamples) or shorter ones (--seqlen) need less")),
+        _ => Ok(()),
+    }
+}
+
+/// The graph after the passes, without running any: only its types are looked at.
+fn shape_after(model: &Model, pipeline: &Pipeline) -> Result<Module, Failure> {
+    let mut module = model.module.clone();
+    let shapes = Pipeline(
+        pipeline.0.iter().filter(|c| ["fuse-norm", "annotate", "rtn"].contains(&c.name.as_str())).cloned().collect(),
+    );
+    let mut unit = qrmc_passes::Unit::new(module.clone(), model.weights.clone());
+    let mut silent = super::opt::Silent;
+    let engine = CpuEngine::new(1)?;
+    let mut cx = qrmc_passes::PassCx {
+        engine: &engine,
+        calibration: None,
+        store: &qrmc_passes::NoStore,
+        source_key: String::new(),
+        report: &mut silent,
+    };
+    qrmc_passes::Manager { check: false, seed: 0, after: &mut |_, _| {} }.run(&mut unit, &shapes, &mut cx)?;
+    std::mem::swap(&mut module, &mut unit.module);
+    Ok(module)
+}
+
+/// Estimates memory, disk and time.
+pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Result<Needs, Failure> {
+    let module = shape_after(model, &s.pipeline)?;
+    let verified = qrmc_ir::verify(&module).map_err(|mut f| Failure::from(f.remove(0)))?;
+    let plan = materialize::plan(verified)?;
+    let f = &module.facts;
+    let weights: u64 = f.layers * layer_weights(&module);
+    let rate = measure_rate(engine);
+    let mut memory = plan.peak_bytes();
+    let mut flops = 0.0;
+    if let Some(c) = &s.calib {
+        let tokens = (c.nsamples * c.seqlen) as u64;
+        memory = memory.max(calibration_bytes(&module, tokens));
+        flops += calibration_flops(&module, &s.pipeline, tokens, c.seqlen as u64);
+    }
+    if s.check && s.pipeline.0.iter().any(|c| ["scale", "place-transforms", "fuse-norm"].contains(&c.name.as_str())) {
+        // One layer or the head as floats at a time.
+        memory = memory.max((layer_weights(&module) * 4).max(f.vocab * f.hidden * 2) + layer_weights(&module) * 4);
+        flops += 4.0 * 2.0 * 32.0 * weights as f64;
+    }
+    let disk: u64 = plan.tensors().iter().map(qrmc_lowering::artefact::TensorPlan::bytes).sum();
+    // Rounding runs at about this many weights a second and thread; reading the source twice at about 2 GB/s.
+    let rounding = weights as f64 / (1.2e8 * engine.threads() as f64);
+    let source: u64 = module_bytes(&model.module);
+    let seconds = flops / rate + rounding + 2.0 * source as f64 / 2e9;
+    Ok(Needs { memory: memory + private_bytes() + (16 << 20), disk: disk + side_bytes(model), flops, seconds })
+}
+
+/// Checks that the disk of the output has room.
+pub(crate) fn check_disk(path: &std::path::Path, need: u64) -> Result<(), Failure> {
+    let Some(free) = free_bytes(path) else { return Ok(()) };
+    if free < need {
+        return Err(Failure::new(
+            FAILURE,
+            format!("{} has {} free, the output needs {}", path.display(), show_bytes(free), show_bytes(need)),
+        )
+        .hint("choose an output on another disk with -o"));
+    }
+    Ok(())
+}
+
+fn free_bytes(path: &std::path::Path) -> Option<u64> {
+    // `df` is everywhere that the commands of this file's users are; without it the check is left to the writer.
+    let out = std::process::Command::new("df").args(["-Pk"]).arg(path).output().ok()?;
+    let text = String::from_utf8(out.stdout).ok()?;
+    text.lines().nth(1)?.split_whitespace().nth(3)?.parse::<u64>().ok().map(|k| k * 1024)
+}
+
+fn module_bytes(m: &Module) -> u64 {
+    m.weights().iter().filter_map(|w| w.ty.bytes()).map(|b| b as u64).sum()
+}
+
+fn side_bytes(model: &Model) -> u64 {
+    model.files.iter().map(|f| f.bytes.len() as u64).sum::<u64>() + (1 << 20)
+}
+
+/// Elements of the linear layers of a block.
+fn layer_weights(m: &Module) -> u64 {
+    let f = &m.facts;
+    let (q, kv) = (f.heads * f.head_dim, f.kv_heads * f.head_dim);
+    f.hidden * (2 * q + 2 * kv + 3 * f.intermediate)
+}
+
+fn calibration_bytes(m: &Module, tokens: u64) -> u64 {
+    let f = &m.facts;
+    let (h, i) = (f.hidden, f.intermediate);
+    let batch = tokens.min(BATCH_TOKENS);
+    // The stream before and behind the layer, what feeds its linear layers, the outputs that are compared.
+    let activations = tokens * (2 * h + h + h + f.heads * f.head_dim + i + h) * 4;
+    let buffers = batch * (2 * h + 4 * i) * 4;
+    // Gram matrix of the widest input: product, sum in double precision, result.
+    let gram = i * i * (4 + 8 + 4);
+    let weights = layer_weights(m) * 4 * 3;
+    activations + buffers.max(gram) + weights
+}
+
+fn calibration_flops(m: &Module, pipeline: &Pipeline, tokens: u64, seqlen: u64) -> f64 {
+    let f = &m.facts;
+    let (h, i, t) = (f.hidden as f64, f.intermediate as f64, tokens as f64);
+    let (q, kv) = ((f.heads * f.head_dim) as f64, (f.kv_heads * f.head_dim) as f64);
+    let attention = 2.0 * t * seqlen as f64 * q;
+    let forward = 2.0 * t * layer_weights(m) as f64 + attention;
+    let mut total = 0.0;
+    for c in &pipeline.0 {
+        let per_layer = match c.name.as_str() {
+            "scale" => {
+                let grid = c.options.iter().find(|(k, _)| k == "grid").and_then(|(_, v)| v.to_string().parse().ok());
+                let grid: f64 = grid.unwrap_or(20.0);
+                let attn = 2.0 * t * h * (2.0 * q + 2.0 * kv) + attention;
+                let mlp = 2.0 * t * 3.0 * h * i;
+                2.0 * forward + (grid + 1.0) * (attn + mlp) + 2.0 * t * i * i + grid * 2.0 * h * i * i
+            }
+            "clip-search" => 2.0 * forward + 10.0 * 2.0 * layer_weights(m) as f64 * 128.0,
+            _ => 0.0,
+        };
+        total += per_layer * f.layers as f64;
+    }
+    total
+}
+
+/// Products a second that this machine reaches now, on a shape of the size of a layer.
+fn measure_rate(engine: &CpuEngine) -> f64 {
+    let n = 512usize;
+    let a = Tensor::f32([n, n], vec![0.5; n * n]);
+    let mut out = vec![0.0f32; n * n];
+    let x = a.as_f32().unwrap_or(&[]).to_vec();
+    engine.with_machine(|pool, isa| {
+        let mut run = || matmul(pool, isa, MatRef::new(&x, n, n), MatRef::new(&x, n, n).t(), &mut out, n);
+        run();
+        let start = Instant::now();
+        for _ in 0..4 {
+            run();
+        }
+        4.0 * 2.0 * (n * n * n) as f64 / start.elapsed().as_secs_f64().max(1e-9)
+    })
+}
+

@@ -1,0 +1,191 @@
+//! Settings of a compile with every default decided, as they go into `recipe.yaml` and come out of it.
+
+use std::path::PathBuf;
+
+use qrmc_lowering::artefact::SourceInfo;
+use qrmc_passes::{Pipeline, expand_presets, find, parse_pipeline};
+use qrmc_runtime::text::windows::Sampling;
+use serde::{Deserialize, Serialize};
+
+use crate::calib::{self, CalibSettings};
+use crate::cli::{CompileArgs, SamplingKind};
+use crate::fail::{FAILURE, Failure};
+use crate::model::{Model, SHIPPED};
+
+/// Calibration windows when nothing else is said: the search then takes minutes on two cores.
+const NSAMPLES: usize = 16;
+const SEQLEN: usize = 512;
+
+/// The file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Recipe {
+    /// Version of qrmc that wrote it.
+    pub(crate) qrmc: String,
+    /// What was compiled; not read back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) source: Option<SourceInfo>,
+    /// Passes in normal form.
+    pub(crate) pass: Vec<String>,
+    pub(crate) target: String,
+    pub(crate) check: bool,
+    pub(crate) seed: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) calibration: Option<CalibRecipe>,
+}
+
+/// Calibration in a recipe.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CalibRecipe {
+    pub(crate) path: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) column: Option<String>,
+    pub(crate) nsamples: usize,
+    pub(crate) seqlen: usize,
+    pub(crate) sampling: String,
+    /// Hash of the tokens of all windows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tokens: Option<String>,
+}
+
+/// A compile with every choice made.
+pub(crate) struct Settings {
+    pub(crate) pipeline: Pipeline,
+    /// What the user wrote, for names.
+    pub(crate) label: String,
+    pub(crate) target: String,
+    pub(crate) check: bool,
+    pub(crate) seed: u64,
+    pub(crate) calib: Option<CalibSettings>,
+}
+
+/// Joins several `--pass` into one pipeline with presets expanded.
+pub(crate) fn pipeline(texts: &[String]) -> Result<Pipeline, Failure> {
+    let mut all = Pipeline::default();
+    for text in texts {
+        let p = parse_pipeline(text).map_err(|e| {
+            Failure::usage(e.to_string()).hint("example: --pass 'awq{bits=4,group=64}' or --pass awq:bits=4,group=64")
+        })?;
+        all.0.extend(p.0);
+    }
+    let expanded = expand_presets(&all).map_err(|e| {
+        let f = Failure::usage(e.to_string());
+        match e.hint {
+            Some(h) => f.hint(h),
+            None => f,
+        }
+    })?;
+    // Options of every pass are read now, not after hours of calibration.
+    for c in &expanded.0 {
+        qrmc_passes::build(c).map_err(|e| Failure::usage(e.to_string()).hint(e.hint.unwrap_or_default()))?;
+    }
+    Ok(expanded)
+}
+
+fn read(path: &std::path::Path) -> Result<Recipe, Failure> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::new(FAILURE, format!("{}: cannot read: {e}", path.display())))?;
+    serde_yaml_ng::from_str(&text).map_err(|e| {
+        Failure::new(FAILURE, format!("{}: is no recipe: {e}", path.display()))
+            .hint("every artefact holds one as recipe.yaml")
+    })
+}
+
+impl Settings {
+    /// Decides everything that the flags and the recipe leave open.
+    pub(crate) fn decide(args: &CompileArgs, model: &Model) -> Result<Self, Failure> {
+        let recipe = args.recipe.as_deref().map(read).transpose()?;
+        let texts = match (&args.pass[..], &recipe) {
+            ([], Some(r)) => r.pass.clone(),
+            ([], None) => {
+                return Err(Failure::usage("nothing to do: give --pass or --recipe")
+                    .hint("for example --pass awq; `qrmc passes` lists all"));
+            }
+            (given, _) => given.to_vec(),
+        };
+        let pipeline = pipeline(&texts)?;
+        let target = args.target.clone();
+        if !qrmc_lowering::TARGETS.iter().any(|t| t.name() == target) {
+            let known = qrmc_lowering::TARGETS.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
+            return Err(Failure::usage(format!("there is no target `{target}`")).hint(format!("targets: {known}")));
+        }
+        let seed = args.seed.or(recipe.as_ref().map(|r| r.seed)).unwrap_or(0);
+        let check = !args.no_check && recipe.as_ref().is_none_or(|r| r.check);
+        let needs = pipeline.0.iter().any(|c| find(&c.name).is_some_and(|p| p.info().calibrates));
+        let calib = if needs { Some(calibration(args, recipe.as_ref(), model, seed)?) } else { None };
+        let label = texts.join("-");
+        Ok(Settings { pipeline, label, target, check, seed, calib })
+    }
+
+    /// The recipe that repeats this compile.
+    pub(crate) fn recipe(&self, source: &SourceInfo, tokens: Option<String>) -> Recipe {
+        Recipe {
+            qrmc: env!("CARGO_PKG_VERSION").into(),
+            source: Some(source.clone()),
+            pass: self.pipeline.0.iter().map(ToString::to_string).collect(),
+            target: self.target.clone(),
+            check: self.check,
+            seed: self.seed,
+            calibration: self.calib.as_ref().map(|c| CalibRecipe {
+                path: c.path.clone(),
+                column: c.column.clone(),
+                nsamples: c.nsamples,
+                seqlen: c.seqlen,
+                sampling: match c.sampling {
+                    Sampling::Random { .. } => "random".into(),
+                    Sampling::First => "first".into(),
+                },
+                tokens,
+            }),
+        }
+    }
+
+    /// The output folder when none is named: the model and what is done to it.
+    pub(crate) fn default_output(&self, model: &Model) -> PathBuf {
+        let clean: String =
+            self.label.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect();
+        let label = clean.split('-').filter(|s| !s.is_empty()).collect::<Vec<_>>().join("-");
+        PathBuf::from(format!("{}-{label}", model.name()))
+    }
+}
+
+fn calibration(
+    args: &CompileArgs,
+    recipe: Option<&Recipe>,
+    model: &Model,
+    seed: u64,
+) -> Result<CalibSettings, Failure> {
+    let from = recipe.and_then(|r| r.calibration.as_ref());
+    let shipped = || (model.name() == SHIPPED).then(calib::shipped_text).flatten();
+    let path = args.calib.clone().or_else(|| from.map(|c| c.path.clone())).or_else(shipped);
+    let Some(path) = path else {
+        return Err(Failure::usage("this pipeline needs calibration text")
+            .hint("give some with --calib PATH: a txt, jsonl or parquet file, or a data set folder such as wikitext"));
+    };
+    let kind = match (args.sampling, from.map(|c| c.sampling.as_str())) {
+        (Some(k), _) => k,
+        (None, Some("first")) => SamplingKind::First,
+        (None, Some("random") | None) => SamplingKind::Random,
+        (None, Some(other)) => return Err(Failure::usage(format!("recipe: `{other}` is no sampling (random, first)"))),
+    };
+    let context = model.module.facts.context as usize;
+    let seqlen = args.seqlen.or(from.map(|c| c.seqlen)).unwrap_or_else(|| SEQLEN.min(context.max(1)));
+    if seqlen == 0 || seqlen > context {
+        return Err(Failure::usage(format!("--seqlen {seqlen}: windows have 1 to {context} tokens for this model")));
+    }
+    let nsamples = args.nsamples.or(from.map(|c| c.nsamples)).unwrap_or(NSAMPLES);
+    if nsamples == 0 {
+        return Err(Failure::usage("--nsamples 0: give at least 1"));
+    }
+    Ok(CalibSettings {
+        path,
+        column: args.calib_column.clone().or_else(|| from.and_then(|c| c.column.clone())),
+        nsamples,
+        seqlen,
+        sampling: match kind {
+            SamplingKind::Random => Sampling::Random { seed },
+            SamplingKind::First => Sampling::First,
+        },
+    })
+}

@@ -1,0 +1,189 @@
+//! Opening whatever MODEL names: a Hugging Face folder, a GGUF file, or an artefact.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use qrmc_frontends::{Checkpoint, SideFile};
+use qrmc_ir::{Elem, Module, WeightSource};
+use qrmc_lowering::artefact::{Artefact, ArtefactError, Manifest, SourceInfo, is_artefact};
+use qrmc_runtime::engine::CpuEngine;
+use qrmc_runtime::text::Tokenizer;
+
+use crate::fail::{FAILURE, Failure};
+use crate::settings;
+
+/// The model that ships with the repository.
+pub(crate) const SHIPPED: &str = "tiny-qwen2-wiki";
+
+/// An opened model.
+pub(crate) struct Model {
+    pub(crate) path: PathBuf,
+    pub(crate) module: Module,
+    pub(crate) weights: Arc<dyn WeightSource>,
+    /// The checkpoint behind it, unless it is an artefact.
+    pub(crate) checkpoint: Option<Arc<dyn Checkpoint>>,
+    pub(crate) format: String,
+    /// Configuration, tokenizer and template files.
+    pub(crate) files: Vec<SideFile>,
+    /// Of an artefact.
+    pub(crate) manifest: Option<Manifest>,
+}
+
+/// Lets an `Arc<dyn Checkpoint>` stand where a weight source is wanted.
+struct Weights(Arc<dyn Checkpoint>);
+
+impl WeightSource for Weights {
+    fn raw(&self, name: &str) -> Result<qrmc_ir::RawWeight<'_>, qrmc_ir::WeightError> {
+        self.0.raw(name)
+    }
+    fn read(&self, name: &str) -> Result<qrmc_ir::Tensor, qrmc_ir::WeightError> {
+        self.0.read(name)
+    }
+}
+
+/// The path that MODEL means: what was given, or the shipped model.
+pub(crate) fn locate(given: Option<&Path>) -> Result<PathBuf, Failure> {
+    match given {
+        Some(p) => Ok(p.to_owned()),
+        None => settings::shipped(SHIPPED).ok_or_else(|| {
+            Failure::usage("no MODEL given, and the model that ships with the repository is not there")
+                .hint("give a Hugging Face folder or a GGUF file")
+        }),
+    }
+}
+
+/// Opens a model. The hashes of an artefact are checked on the engine's threads.
+pub(crate) fn open(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
+    if is_artefact(path) {
+        let spread = |n: usize, check: &(dyn Fn(usize) -> Result<(), ArtefactError> + Sync)| {
+            engine.with_machine(|pool, _| pool.map(n, check)).into_iter().collect::<Result<(), _>>()
+        };
+        let a = Artefact::open(path, &spread)?;
+        let names = a.manifest.files.keys().filter(|n| !["model.qir", "recipe.yaml"].contains(&n.as_str()));
+        let files = names.filter_map(|n| Some(SideFile { name: n.clone(), bytes: a.file(n)? })).collect();
+        let (module, manifest) = (a.module.clone(), a.manifest.clone());
+        return Ok(Model {
+            path: path.to_owned(),
+            module,
+            weights: Arc::new(a),
+            checkpoint: None,
+            format: "qrmc artefact".into(),
+            files,
+            manifest: Some(manifest),
+        });
+    }
+    let imported = qrmc_frontends::import(path)?;
+    let checkpoint: Arc<dyn Checkpoint> = imported.source.weights.into();
+    Ok(Model {
+        path: path.to_owned(),
+        module: imported.module,
+        weights: Arc::new(Weights(checkpoint.clone())),
+        checkpoint: Some(checkpoint),
+        format: imported.source.format,
+        files: imported.source.files,
+        manifest: None,
+    })
+}
+
+impl Model {
+    /// Name for people and for output folders.
+    pub(crate) fn name(&self) -> String {
+        let full = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
+        let name = full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into());
+        name.strip_suffix(".gguf").map(str::to_owned).unwrap_or(name)
+    }
+
+    pub(crate) fn file(&self, name: &str) -> Option<&[u8]> {
+        self.files.iter().find(|f| f.name == name).map(|f| f.bytes.as_slice())
+    }
+
+    /// The tokenizer.
+    pub(crate) fn tokenizer(&self) -> Result<Tokenizer, Failure> {
+        let Some(json) = self.file("tokenizer.json") else {
+            return Err(Failure::new(FAILURE, format!("{}: there is no tokenizer.json", self.path.display()))
+                .hint("copy the tokenizer files of the model beside its weights"));
+        };
+        let t = Tokenizer::from_bytes(json, self.file("tokenizer_config.json"), self.file("chat_template.jinja"))?;
+        let rows = self.module.facts.vocab;
+        if u64::from(t.max_id()) >= rows {
+            let what = format!("the tokenizer has ids up to {}, the embedding {rows} rows", t.max_id());
+            return Err(Failure::new(FAILURE, format!("{}: {what}", self.path.display()))
+                .hint("the tokenizer belongs to another model"));
+        }
+        Ok(t)
+    }
+
+    /// Tokens that end a generated text: what the configuration, `generation_config.json` and the tokenizer say.
+    pub(crate) fn stop_tokens(&self, tokenizer: &Tokenizer) -> Vec<u32> {
+        let mut stop = self.module.facts.eos.clone();
+        if let Some(v) = self.file("generation_config.json").and_then(|b| serde_json::from_slice(b).ok()) {
+            let v: serde_json::Value = v;
+            let ids = match &v["eos_token_id"] {
+                serde_json::Value::Array(a) => a.clone(),
+                other => vec![other.clone()],
+            };
+            stop.extend(ids.iter().filter_map(serde_json::Value::as_u64).map(|n| n as u32));
+        }
+        stop.extend(tokenizer.eos().map(|(_, id)| id));
+        stop.sort_unstable();
+        stop.dedup();
+        stop
+    }
+
+    /// Reads every weight once: its identity, and that all of it is finite.
+    pub(crate) fn examine(&self, engine: &CpuEngine) -> Result<SourceInfo, Failure> {
+        let Some(checkpoint) = &self.checkpoint else {
+            return Err(Failure::usage(format!("{} is an artefact already", self.path.display()))
+                .hint("compile starts from a Hugging Face folder or a GGUF file"));
+        };
+        let names: Vec<&str> = self.module.weights().iter().map(|w| w.name.as_str()).collect();
+        let finite = engine.with_machine(|pool, _| pool.map(names.len(), |i| finite(&**checkpoint, names[i])));
+        finite.into_iter().collect::<Result<(), _>>()?;
+        let files = checkpoint.weight_files();
+        let hashes = engine.with_machine(|pool, _| pool.map(files.len(), |i| hash_file(&files[i])));
+        let mut all = blake3::Hasher::new();
+        for h in hashes {
+            all.update(h?.as_bytes());
+        }
+        if let Some(config) = self.file("config.json") {
+            all.update(config);
+        }
+        let hash = all.finalize().to_hex().to_string();
+        let full = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
+        let name = full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok(SourceInfo { name, format: self.format.clone(), hash })
+    }
+}
+
+fn hash_file(path: &Path) -> Result<blake3::Hash, Failure> {
+    let io = |e: std::io::Error| Failure::new(FAILURE, format!("{}: cannot read: {e}", path.display()));
+    let mut hasher = blake3::Hasher::new();
+    let file = std::fs::File::open(path).map_err(io)?;
+    hasher.update_reader(file).map_err(io)?;
+    Ok(hasher.finalize())
+}
+
+fn finite(weights: &dyn Checkpoint, name: &str) -> Result<(), Failure> {
+    let fail = |what: String| Err(Failure::new(FAILURE, format!("weight `{name}`: {what}")));
+    let raw = match weights.raw(name) {
+        Ok(raw) => raw,
+        Err(e) => return Err(Failure::new(FAILURE, e.to_string())),
+    };
+    // Infinity and NaN have all exponent bits set.
+    let bad = match raw.ty.elem {
+        Elem::F32 => raw.bytes.chunks_exact(4).position(|b| b[3] & 0x7F == 0x7F && b[2] & 0x80 != 0),
+        Elem::BF16 => raw.bytes.chunks_exact(2).position(|b| b[1] & 0x7F == 0x7F && b[0] & 0x80 != 0),
+        Elem::F16 => raw.bytes.chunks_exact(2).position(|b| b[1] & 0x7C == 0x7C),
+        _ => None,
+    };
+    match bad {
+        None => Ok(()),
+        Some(at) => {
+            let cols = raw.ty.shape.last().and_then(qrmc_ir::Dim::fixed).unwrap_or(1).max(1);
+            match fail(format!("element [{}, {}] is NaN or infinite", at / cols, at % cols)) {
+                Err(f) => Err(f.hint("the checkpoint is damaged: download it again")),
+                ok => ok,
+            }
+        }
+    }
+}
