@@ -82,9 +82,9 @@ pub(crate) struct CompileArgs {
     /// What to write
     #[arg(long, value_enum, default_value = "packed")]
     pub(crate) emit: Emit,
-    /// Target
-    #[arg(long, default_value = "cpu")]
-    pub(crate) target: String,
+    /// Target [default: cpu]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) target: Option<String>,
     /// Calibration text: a txt, jsonl or parquet file or a data set folder
     #[arg(long, value_name = "PATH")]
     pub(crate) calib: Option<PathBuf>,

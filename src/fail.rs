@@ -139,7 +139,12 @@ impl From<PipelineError> for Failure {
             }
             PipelineError::Verify { ref first, .. } => {
                 let hint = "this is a fault of qrmc; please report it with the reproducer";
-                Failure { code: FAILURE, id: Some(first.code), message: e.to_string(), hint: Some(hint.into()) }
+                Failure {
+                    code: FAILURE,
+                    id: Some(first.code),
+                    message: e.to_string(),
+                    hint: Some(hint.into()),
+                }
             }
             PipelineError::Check { .. } => Failure::new(GATE, e.to_string())
                 .hint("the transformed model is another function; nothing was written. Please report it"),

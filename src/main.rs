@@ -15,7 +15,15 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let args = match cli::Cli::try_parse() {
+    // `--max_new` means `--max-new`; what comes behind `=` is a value.
+    let args = std::env::args_os().map(|a| match a.to_str() {
+        Some(flag) if flag.starts_with("--") => {
+            let (name, value) = flag.split_at(flag.find('=').unwrap_or(flag.len()));
+            format!("{}{value}", name.replace('_', "-")).into()
+        }
+        _ => a,
+    });
+    let args = match cli::Cli::try_parse_from(args) {
         Ok(args) => args,
         Err(e) => {
             // Help and version go to stdout with 0, usage errors to stderr with 2.

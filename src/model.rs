@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qrmc_frontends::{Checkpoint, SideFile};
-use qrmc_ir::{Elem, Module, WeightSource};
+use qrmc_ir::{Module, WeightSource};
 use qrmc_lowering::artefact::{Artefact, ArtefactError, Manifest, SourceInfo, is_artefact};
 use qrmc_runtime::engine::CpuEngine;
 use qrmc_runtime::text::Tokenizer;
@@ -89,7 +89,8 @@ impl Model {
     /// Name for people and for output folders.
     pub(crate) fn name(&self) -> String {
         let full = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
-        let name = full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into());
+        let name =
+            full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into());
         name.strip_suffix(".gguf").map(str::to_owned).unwrap_or(name)
     }
 
@@ -100,10 +101,17 @@ impl Model {
     /// The tokenizer.
     pub(crate) fn tokenizer(&self) -> Result<Tokenizer, Failure> {
         let Some(json) = self.file("tokenizer.json") else {
-            return Err(Failure::new(FAILURE, format!("{}: there is no tokenizer.json", self.path.display()))
-                .hint("copy the tokenizer files of the model beside its weights"));
+            return Err(Failure::new(
+                FAILURE,
+                format!("{}: there is no tokenizer.json", self.path.display()),
+            )
+            .hint("copy the tokenizer files of the model beside its weights"));
         };
-        let t = Tokenizer::from_bytes(json, self.file("tokenizer_config.json"), self.file("chat_template.jinja"))?;
+        let t = Tokenizer::from_bytes(
+            json,
+            self.file("tokenizer_config.json"),
+            self.file("chat_template.jinja"),
+        )?;
         let rows = self.module.facts.vocab;
         if u64::from(t.max_id()) >= rows {
             let what = format!("the tokenizer has ids up to {}, the embedding {rows} rows", t.max_id());
@@ -137,7 +145,8 @@ impl Model {
                 .hint("compile starts from a Hugging Face folder or a GGUF file"));
         };
         let names: Vec<&str> = self.module.weights().iter().map(|w| w.name.as_str()).collect();
-        let finite = engine.with_machine(|pool, _| pool.map(names.len(), |i| finite(&**checkpoint, names[i])));
+        let finite =
+            engine.with_machine(|pool, _| pool.map(names.len(), |i| finite(&**checkpoint, names[i])));
         finite.into_iter().collect::<Result<(), _>>()?;
         let files = checkpoint.weight_files();
         let hashes = engine.with_machine(|pool, _| pool.map(files.len(), |i| hash_file(&files[i])));
@@ -169,13 +178,7 @@ fn finite(weights: &dyn Checkpoint, name: &str) -> Result<(), Failure> {
         Ok(raw) => raw,
         Err(e) => return Err(Failure::new(FAILURE, e.to_string())),
     };
-    // Infinity and NaN have all exponent bits set.
-    let bad = match raw.ty.elem {
-        Elem::F32 => raw.bytes.chunks_exact(4).position(|b| b[3] & 0x7F == 0x7F && b[2] & 0x80 != 0),
-        Elem::BF16 => raw.bytes.chunks_exact(2).position(|b| b[1] & 0x7F == 0x7F && b[0] & 0x80 != 0),
-        Elem::F16 => raw.bytes.chunks_exact(2).position(|b| b[1] & 0x7C == 0x7C),
-        _ => None,
-    };
+    let bad = raw.ty.elem.find_non_finite(&raw.bytes);
     match bad {
         None => Ok(()),
         Some(at) => {

@@ -90,7 +90,8 @@ impl Ui {
             });
             let _ = writeln!(std::io::stdout(), "{value:#}");
         }
-        let (red, cyan, off) = if self.color { ("\x1b[31;1m", "\x1b[36;1m", "\x1b[0m") } else { ("", "", "") };
+        let (red, cyan, off) =
+            if self.color { ("\x1b[31;1m", "\x1b[36;1m", "\x1b[0m") } else { ("", "", "") };
         let code = f.id.map(|c| format!("[{c}]")).unwrap_or_default();
         let mut text = format!("{red}error{code}{off}: {}\n", f.message);
         if let Some(hint) = &f.hint {
@@ -111,7 +112,8 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let numeric: Vec<bool> = (0..head.len())
         .map(|c| {
             let cells = rows.iter().filter_map(|r| r.get(c)).filter(|s| !s.is_empty());
-            cells.clone().count() > 0 && cells.clone().all(|s| s.starts_with(|c: char| c.is_ascii_digit() || c == '-'))
+            cells.clone().count() > 0
+                && cells.clone().all(|s| s.starts_with(|c: char| c.is_ascii_digit() || c == '-'))
         })
         .collect();
     let line = |cells: &mut dyn Iterator<Item = &str>| {

@@ -1,5 +1,14 @@
 //! All integration tests, in one binary.
 #![allow(clippy::unwrap_used, reason = "a failed test panics")]
 
+mod awq;
+mod cli;
+mod hostile;
 mod numerics;
+mod passes;
+mod resume;
+mod roundtrip;
+mod run;
 mod support;
+mod tidy;
+mod verifier;

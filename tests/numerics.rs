@@ -48,7 +48,10 @@ fn interpreter_is_the_same_function() {
         let have = engine.run(&model.module, main, &*model.source.weights, &refs).unwrap();
         for (h, w) in have.iter().zip(&want) {
             let (diff, size) = gap(h, w);
-            assert!(diff <= 2e-5 * size.max(1.0), "{name}: engine and interpreter differ by {diff} of {size}");
+            assert!(
+                diff <= 2e-5 * size.max(1.0),
+                "{name}: engine and interpreter differ by {diff} of {size}"
+            );
         }
     }
 }
@@ -64,7 +67,8 @@ fn named_values_match_transformers() {
         let s = x.shape()[1];
         let empty = qrmc_ir::Tensor::zeros([1, 0, width]);
         let args = [x, qrmc_ir::Tensor::i32([s], (0..s as i32).collect()), empty.clone(), empty];
-        let probes = [("attn_in", "L0.attn_in"), ("o_in", "L0.o_in"), ("mlp_in", "L0.mlp_in"), ("y", "hidden.1")];
+        let probes =
+            [("attn_in", "L0.attn_in"), ("o_in", "L0.o_in"), ("mlp_in", "L0.mlp_in"), ("y", "hidden.1")];
         let wanted: Vec<_> = probes.iter().map(|(v, _)| layer.find(v).unwrap()).collect();
         let have = interp::run(&model.module, layer, &*model.source.weights, &args, &wanted).unwrap();
         for (h, (v, r)) in have.iter().zip(probes) {

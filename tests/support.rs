@@ -35,7 +35,8 @@ impl Reference {
         let view = file.tensor(name).unwrap();
         match view.dtype() {
             safetensors::Dtype::I64 => {
-                let ids = view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as i32);
+                let ids =
+                    view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as i32);
                 Tensor::i32(view.shape(), ids.collect())
             }
             _ => Tensor::from_le_bytes(Elem::F32, view.shape(), view.data()).unwrap(),
@@ -59,4 +60,23 @@ pub(crate) fn main_args(module: &qrmc_ir::Module, ids: &Tensor) -> Vec<Tensor> {
     let mut args = vec![ids.clone(), Tensor::i32([s], (0..s as i32).collect())];
     args.extend((0..2 * module.facts.layers).map(|_| Tensor::zeros([b, 0, width])));
     args
+}
+
+/// A checkpoint as a weight source.
+pub(crate) struct Source(pub(crate) Box<dyn qrmc_frontends::Checkpoint>);
+
+impl qrmc_ir::WeightSource for Source {
+    fn raw(&self, name: &str) -> Result<qrmc_ir::RawWeight<'_>, qrmc_ir::WeightError> {
+        self.0.raw(name)
+    }
+}
+
+/// Windows of the text that ships with the tiny model.
+pub(crate) fn tiny_calibration(n: usize, len: usize) -> qrmc_passes::Calibration {
+    let read = |f: &str| std::fs::read(data(TINY).join(f)).unwrap();
+    let tokenizer = qrmc_runtime::text::Tokenizer::from_bytes(&read("tokenizer.json"), None, None).unwrap();
+    let text = std::fs::read_to_string(data("wikitext-2-train-sample.txt")).unwrap();
+    let ids = tokenizer.encode(&text[..200_000], false).unwrap();
+    let windows = ids.chunks_exact(len).take(n).map(|w| w.iter().map(|&t| t as i32).collect()).collect();
+    qrmc_passes::Calibration { windows, description: "wikitext-2-train-sample.txt".into() }
 }

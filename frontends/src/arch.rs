@@ -167,7 +167,9 @@ impl Reader<'_> {
                 .map_or(Some(default), Value::as_u64);
             match n.and_then(|n| u32::try_from(n).ok()).filter(|&n| n > 0) {
                 Some(n) => Ok(n),
-                None => self.fail("`original_max_position_embeddings` of the rope scaling is no size".into(), ""),
+                None => {
+                    self.fail("`original_max_position_embeddings` of the rope scaling is no size".into(), "")
+                }
             }
         };
         let scaling = match kind {
@@ -213,11 +215,13 @@ impl Reader<'_> {
         }
         if let Some(types) = self.get("layer_types").and_then(Value::as_array) {
             if let Some(t) = types.iter().find(|t| t.as_str() != Some("full_attention")) {
-                return self.fail(format!("`layer_types` holds {t}"), "only full_attention layers are understood");
+                return self
+                    .fail(format!("`layer_types` holds {t}"), "only full_attention layers are understood");
             }
             if types.len() as u64 != layers {
                 let n = types.len();
-                return self.fail(format!("`layer_types` lists {n} layers, `num_hidden_layers` is {layers}"), "");
+                return self
+                    .fail(format!("`layer_types` lists {n} layers, `num_hidden_layers` is {layers}"), "");
             }
         }
         let act = self.get("hidden_act").and_then(Value::as_str).unwrap_or("silu");
@@ -225,7 +229,8 @@ impl Reader<'_> {
             return self.fail(format!("activation `{act}`"), "only silu is understood");
         }
         if let Some(f) = self.get("partial_rotary_factor").filter(|f| f.as_f64() != Some(1.0)) {
-            return self.fail(format!("`partial_rotary_factor` is {f}"), "only full rotary embedding is understood");
+            return self
+                .fail(format!("`partial_rotary_factor` is {f}"), "only full rotary embedding is understood");
         }
         if let Some(q) = self.get("quantization_config") {
             let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
@@ -260,7 +265,12 @@ pub fn read_config(path: &std::path::Path, config: &Value) -> Result<DecoderConf
     let head_dim = match r.get("head_dim") {
         Some(_) => r.size("head_dim")?,
         None if hidden % heads == 0 => hidden / heads,
-        None => return r.fail(format!("{heads} heads do not divide hidden size {hidden}, and `head_dim` is missing"), ""),
+        None => {
+            return r.fail(
+                format!("{heads} heads do not divide hidden size {hidden}, and `head_dim` is missing"),
+                "",
+            );
+        }
     };
     if heads % kv_heads != 0 {
         return r.fail(format!("{heads} query heads do not share {kv_heads} key heads evenly"), "");

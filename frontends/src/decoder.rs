@@ -16,7 +16,11 @@ use crate::{Checkpoint, ImportError};
 ///
 /// # Errors
 /// If a tensor is missing, has another shape than the configuration says, or is one that the architecture does not use.
-pub(crate) fn build(path: &Path, config: &DecoderConfig, weights: &dyn Checkpoint) -> Result<Module, ImportError> {
+pub(crate) fn build(
+    path: &Path,
+    config: &DecoderConfig,
+    weights: &dyn Checkpoint,
+) -> Result<Module, ImportError> {
     let mut module = Module::new(config.facts.clone());
     declare(&mut module, path, config, weights)?;
     let internal = |d: Diag| ImportError::new(path, format!("the configuration does not make a model: {d}"));
@@ -77,13 +81,16 @@ fn declare(
     let want = expected(config);
     for (name, shape) in &want {
         let Some(ty) = have.get(name) else {
-            return Err(ImportError::new(path, format!("tensor `{name}` is missing"))
-                .hint("the configuration calls for it; is a shard missing, or is this another model's config.json?"));
+            return Err(ImportError::new(path, format!("tensor `{name}` is missing")).hint(
+                "the configuration calls for it; is a shard missing, or is this another model's config.json?",
+            ));
         };
         let shape = Shape(shape.iter().map(|&n| Dim::Fixed(n)).collect());
         if ty.shape != shape {
             let what = format!("tensor `{name}` is {}, the configuration says {shape}", ty.shape);
-            return Err(ImportError::new(path, what).hint("config.json and the weights belong to different models"));
+            return Err(
+                ImportError::new(path, what).hint("config.json and the weights belong to different models")
+            );
         }
         if !matches!(ty.elem, Elem::F32 | Elem::F16 | Elem::BF16) {
             return Err(ImportError::new(path, format!("tensor `{name}` is of type {}", ty.elem))
@@ -104,8 +111,13 @@ fn declare(
     match extra.first() {
         None => Ok(()),
         Some(name) => {
-            let what = format!("tensor `{name}` is not part of a {} model ({} such)", config.facts.arch, extra.len());
-            Err(ImportError::new(path, what).hint("ignoring a tensor would change the model; config.json may be wrong"))
+            let what = format!(
+                "tensor `{name}` is not part of a {} model ({} such)",
+                config.facts.arch,
+                extra.len()
+            );
+            Err(ImportError::new(path, what)
+                .hint("ignoring a tensor would change the model; config.json may be wrong"))
         }
     }
 }
@@ -115,8 +127,11 @@ fn tied_head_is_the_embedding(path: &Path, weights: &dyn Checkpoint) -> Result<(
     if read("lm_head.weight")?.bytes == read("model.embed_tokens.weight")?.bytes {
         return Ok(());
     }
-    Err(ImportError::new(path, "`tie_word_embeddings` is true but `lm_head.weight` differs from the embedding")
-        .hint("set it to false if the model was trained with a head of its own"))
+    Err(ImportError::new(
+        path,
+        "`tie_word_embeddings` is true but `lm_head.weight` differs from the embedding",
+    )
+    .hint("set it to false if the model was trained with a head of its own"))
 }
 
 fn stream(module: &Module) -> TensorType {
@@ -177,7 +192,14 @@ impl Layer<'_, '_> {
     }
 
     /// A linear layer; its product is named `name`, the sum with the bias `biased`.
-    fn linear(&mut self, x: ValueId, module: &str, bias: bool, name: &str, biased: &str) -> Result<ValueId, Diag> {
+    fn linear(
+        &mut self,
+        x: ValueId,
+        module: &str,
+        bias: bool,
+        name: &str,
+        biased: &str,
+    ) -> Result<ValueId, Diag> {
         let w = self.weight(&format!("{module}.weight"))?;
         let y = self.named(Op::MatMul { trans_b: true }, &[x, w], name)?;
         if !bias {
@@ -260,7 +282,9 @@ fn main(module: &Module) -> Result<Func, Diag> {
     let mut b = Builder::new(module, "main");
     let ids = b.param(Some("ids"), tokens());
     let pos = b.param(Some("pos"), positions());
-    let func = |name: &str| module.find_func(name).ok_or_else(|| Diag::new("Q0302", format!("@{name} is not built")));
+    let func = |name: &str| {
+        module.find_func(name).ok_or_else(|| Diag::new("Q0302", format!("@{name} is not built")))
+    };
     let mut x = b.op1(Op::Call(func("embed")?), &[ids])?;
     let mut caches = Vec::new();
     let mut pasts = Vec::new();

@@ -30,7 +30,8 @@ pub struct Imported {
 /// If it is neither, or its headers do not hold together.
 pub fn open(path: &Path) -> Result<Opened, ImportError> {
     let meta = std::fs::metadata(path).map_err(|e| {
-        ImportError::io(path, "open", &e).hint("MODEL is a Hugging Face folder (with config.json) or a GGUF file")
+        ImportError::io(path, "open", &e)
+            .hint("MODEL is a Hugging Face folder (with config.json) or a GGUF file")
     })?;
     if meta.is_dir() { hf::open_folder(path) } else { gguf::open_file(path) }
 }

@@ -64,7 +64,10 @@ impl<'m> Builder<'m> {
         let outs = self.op(op, ins)?;
         match outs[..] {
             [v] => Ok(v),
-            _ => Err(Diag::new("Q0102", format!("an operation with {} results stands where one is needed", outs.len()))),
+            _ => Err(Diag::new(
+                "Q0102",
+                format!("an operation with {} results stands where one is needed", outs.len()),
+            )),
         }
     }
 
@@ -151,7 +154,12 @@ pub fn prune(func: &Func) -> Func {
             node.ins.iter().for_each(|i| live[i.0 as usize] = true);
         }
     }
-    let mut out = Pruned { old: func, new: Func { name: func.name.clone(), ..Func::default() }, map: HashMap::new(), weights: HashMap::new() };
+    let mut out = Pruned {
+        old: func,
+        new: Func { name: func.name.clone(), ..Func::default() },
+        map: HashMap::new(),
+        weights: HashMap::new(),
+    };
     for (i, &p) in func.params.iter().enumerate() {
         let id = out.define(p, Def::Param(i as u32));
         out.new.params.push(id);

@@ -25,8 +25,12 @@ pub trait Engine: Sync {
     ///
     /// # Errors
     /// If the function cannot run on this engine or a weight cannot be read.
-    fn prepare(&self, module: &Module, func: &Func, weights: &dyn WeightSource)
-    -> Result<Box<dyn Prepared>, EngineError>;
+    fn prepare(
+        &self,
+        module: &Module,
+        func: &Func,
+        weights: &dyn WeightSource,
+    ) -> Result<Box<dyn Prepared>, EngineError>;
 
     /// Prepares and runs once.
     ///

@@ -137,7 +137,10 @@ fn attention(b: &mut Builder<'_>, attr: &AttnAttr, ins: &[ValueId]) -> Result<Va
     let mut kv = [ins[1], ins[2]];
     for v in &mut kv {
         let total = b.ty(*v).shape.0[1];
-        let x = b.op1(Op::Reshape(Shape(vec![batch, total, Dim::Fixed(g), Dim::Fixed(1), Dim::Fixed(d)])), &[*v])?;
+        let x = b.op1(
+            Op::Reshape(Shape(vec![batch, total, Dim::Fixed(g), Dim::Fixed(1), Dim::Fixed(d)])),
+            &[*v],
+        )?;
         *v = b.op1(Op::Transpose(vec![0, 2, 3, 1, 4]), &[x])?;
     }
     let scores = b.op1(Op::MatMul { trans_b: true }, &[q, kv[0]])?;

@@ -51,7 +51,8 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
         Op::Reduce(_, axis) => {
             let mut ty = float(ins[0], &fault)?;
             let at = usize::from(*axis);
-            *ty.shape.0.get_mut(at).ok_or_else(|| fault(format!("{} has no axis {at}", ins[0])))? = Dim::Fixed(1);
+            *ty.shape.0.get_mut(at).ok_or_else(|| fault(format!("{} has no axis {at}", ins[0])))? =
+                Dim::Fixed(1);
             one(ty)
         }
         Op::MatMul { trans_b } => one(matmul(ins, *trans_b).map_err(fault)?),
@@ -102,7 +103,10 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
         Op::RmsNorm(_) => {
             let gain = ins[1].shape.last().filter(|_| ins[1].shape.rank() == 1);
             if gain != ins[0].shape.last() && gain != Some(Dim::Fixed(1)) {
-                return Err(fault(format!("the gain {} is no vector along the last axis of {}", ins[1], ins[0])));
+                return Err(fault(format!(
+                    "the gain {} is no vector along the last axis of {}",
+                    ins[1], ins[0]
+                )));
             }
             one(TensorType { elem: arith(ins, &fault)?, shape: ins[0].shape.clone() })
         }
@@ -110,9 +114,13 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
             let width = ins[0].shape.last().and_then(Dim::fixed).unwrap_or(0);
             let head = attr.head_dim as usize;
             if head == 0 || head % 2 != 0 || width % head != 0 || ins[0].shape.rank() != 3 {
-                return Err(fault(format!("{} is not [B, S, heads * {head}] with an even head size", ins[0])));
+                return Err(fault(format!(
+                    "{} is not [B, S, heads * {head}] with an even head size",
+                    ins[0]
+                )));
             }
-            if ins[1].elem != Elem::I32 || ins[1].shape.rank() != 1 || ins[1].shape.0[0] != ins[0].shape.0[1] {
+            if ins[1].elem != Elem::I32 || ins[1].shape.rank() != 1 || ins[1].shape.0[0] != ins[0].shape.0[1]
+            {
                 return Err(fault(format!("positions {} do not match {}", ins[1], ins[0])));
             }
             one(float(ins[0], &fault)?)
@@ -208,7 +216,8 @@ fn matmul(ins: Types<'_>, trans_b: bool) -> Result<TensorType, String> {
     }
     let lead_a = Shape(a.shape.0[..ra - 2].to_vec());
     let lead_b = Shape(b.shape.0[..rb - 2].to_vec());
-    let mut shape = lead_a.broadcast(&lead_b).ok_or_else(|| format!("batches of {a} and {b} do not broadcast"))?;
+    let mut shape =
+        lead_a.broadcast(&lead_b).ok_or_else(|| format!("batches of {a} and {b} do not broadcast"))?;
     shape.0.extend([m, n]);
     Ok(TensorType { elem, shape })
 }
@@ -241,6 +250,10 @@ fn attention(ins: Types<'_>, attr: &AttnAttr) -> Result<TensorType, String> {
     match (width(q), width(k), width(v)) {
         (Some(a), Some(b), Some(c)) if a % h == 0 && b == c && b % g == 0 && a / h == b / g => {}
         _ => return Err(format!("{q}, {k}, {v} are not {h} query heads and {g} key heads of one size")),
+    }
+    let total = |d: Dim| d == Dim::Sym(Sym::T) || d == q.shape.0[1];
+    if [q, k, v].iter().any(|t| !t.elem.is_float()) || !total(k.shape.0[1]) {
+        return Err(format!("{q}, {k}, {v} are not floats over S and T positions"));
     }
     if k.shape != v.shape || k.shape.0[0] != q.shape.0[0] {
         return Err(format!("keys {k} and values {v} do not match queries {q}"));
@@ -311,7 +324,8 @@ fn scale_shape(spec: &QuantSpec, shape: &Shape) -> Result<Shape, Diag> {
 
 /// Up to four divisors of `n` near `want`, the likeliest group sizes, largest first.
 pub fn list_divisors(n: u64, want: u64) -> String {
-    let mut all: Vec<u64> = (8..=n).filter(|g| n.is_multiple_of(*g) && *g <= want.saturating_mul(4).max(64)).collect();
+    let mut all: Vec<u64> =
+        (8..=n).filter(|g| n.is_multiple_of(*g) && *g <= want.saturating_mul(4).max(64)).collect();
     all.sort_by_key(|&g| (!(g.is_power_of_two() && g >= 16), g.abs_diff(want)));
     all.truncate(4);
     all.sort_unstable_by(|a, b| b.cmp(a));
@@ -339,7 +353,10 @@ fn side_operands(spec: &QuantSpec, shape: &Shape, sides: Types<'_>) -> Result<()
     for (have, want) in sides.iter().zip(&want) {
         let same_kind = have.elem == want.elem || (have.elem.is_float() && want.elem.is_float());
         if have.shape != want.shape || !same_kind {
-            return Err(Diag::new("Q0203", format!("{have} are not the scales or zero points of {spec}: {want} are")));
+            return Err(Diag::new(
+                "Q0203",
+                format!("{have} are not the scales or zero points of {spec}: {want} are"),
+            ));
         }
     }
     Ok(())

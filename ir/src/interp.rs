@@ -48,12 +48,14 @@ pub fn run(
                 vec![weights.read(name).map_err(|e| Diag::new("Q0401", e.to_string()).at(place()))?]
             }
             Op::Call(id) => {
-                let args: Vec<Tensor> = node.ins.iter().filter_map(|v| values[v.0 as usize].clone()).collect();
+                let args: Vec<Tensor> =
+                    node.ins.iter().filter_map(|v| values[v.0 as usize].clone()).collect();
                 let callee = module.func(*id);
                 run(module, callee, weights, &args, &callee.results)?
             }
             _ => {
-                let ins: Vec<&Tensor> = node.ins.iter().filter_map(|v| values[v.0 as usize].as_ref()).collect();
+                let ins: Vec<&Tensor> =
+                    node.ins.iter().filter_map(|v| values[v.0 as usize].as_ref()).collect();
                 eval(&flat, node, &ins, &dims)
             }
         };
@@ -108,7 +110,8 @@ fn wide(t: &Tensor) -> ArrayD<f64> {
 
 fn narrow(a: ArrayD<f64>, elem: Elem) -> Tensor {
     let shape = a.shape().to_vec();
-    let v: Vec<f64> = if a.is_standard_layout() { a.into_raw_vec_and_offset().0 } else { a.iter().copied().collect() };
+    let v: Vec<f64> =
+        if a.is_standard_layout() { a.into_raw_vec_and_offset().0 } else { a.iter().copied().collect() };
     let data = match elem {
         Elem::F64 => Data::F64(v),
         Elem::I32 => Data::I32(v.into_iter().map(|x| x as i32).collect()),

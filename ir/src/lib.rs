@@ -31,7 +31,9 @@ pub use engine::{Engine, EngineError, Prepared};
 pub use expand::{expand, expand_func};
 pub use hash::{Hash, structural_hash};
 pub use infer::{infer, list_divisors};
-pub use module::{Def, Func, FuncId, ModelFacts, Module, Node, ShownValue, Value, ValueId, WeightDecl, WeightId};
+pub use module::{
+    Def, Func, FuncId, ModelFacts, Module, Node, ShownValue, Value, ValueId, WeightDecl, WeightId,
+};
 pub use op::{AttnAttr, BinaryOp, Op, OpText, ReduceOp, UnaryOp};
 pub use parse::{parse, parse_type};
 pub use print::{VERSION, node_lines, print, print_func};

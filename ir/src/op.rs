@@ -3,7 +3,7 @@
 //! Primitives have a type rule, an evaluation and (where it exists) a gradient. Large operations stay whole so
 //! that passes and targets can see them; each is *defined* by [`Op::expand`](crate::expand) into primitives.
 
-use crate::attr::{Attr, Real};
+use crate::attr::{Attr, AttrReader, Real};
 use crate::module::{FuncId, WeightId};
 use crate::quant::{QuantSpec, Rule};
 use crate::rope::RopeAttr;
@@ -256,7 +256,7 @@ impl Op {
     /// # Errors
     /// An unknown mnemonic, or a missing, unknown or ill-typed attribute, in a sentence.
     pub fn from_text(word: &str, attrs: Vec<(String, Attr)>) -> Result<Op, String> {
-        let mut a = AttrReader { word, attrs };
+        let mut a = AttrReader::new(word, attrs);
         let op = match word {
             "const" => Op::Const {
                 shape: a.ints("shape")?.into_iter().map(|n| n as u64).collect(),
@@ -302,113 +302,5 @@ impl Op {
         };
         a.finish()?;
         Ok(op)
-    }
-
-    /// Whether the result depends on nothing but the operands: every operation but calls.
-    pub fn is_leaf(&self) -> bool {
-        matches!(self, Op::Weight(_) | Op::Const { .. } | Op::CausalMask)
-    }
-}
-
-/// Takes attributes by name, each once.
-pub(crate) struct AttrReader<'a> {
-    word: &'a str,
-    attrs: Vec<(String, Attr)>,
-}
-
-impl AttrReader<'_> {
-    fn take(&mut self, key: &str) -> Result<Attr, String> {
-        self.take_opt(key).ok_or_else(|| format!("`{}` needs the attribute `{key}`", self.word))
-    }
-
-    pub(crate) fn take_opt(&mut self, key: &str) -> Option<Attr> {
-        let at = self.attrs.iter().position(|(k, _)| k == key)?;
-        Some(self.attrs.remove(at).1)
-    }
-
-    fn wrong<T>(&self, key: &str, want: &str, got: &Attr) -> Result<T, String> {
-        Err(format!("attribute `{key}` of `{}` is {want}, not `{got}`", self.word))
-    }
-
-    pub(crate) fn int(&mut self, key: &str) -> Result<i64, String> {
-        match self.take(key)? {
-            Attr::Int(n) if n >= 0 => Ok(n),
-            got => self.wrong(key, "a whole number", &got),
-        }
-    }
-
-    fn small(&mut self, key: &str) -> Result<u8, String> {
-        let n = self.int(key)?;
-        u8::try_from(n).or_else(|_| self.wrong(key, "a small number", &Attr::Int(n)))
-    }
-
-    pub(crate) fn real(&mut self, key: &str) -> Result<Real, String> {
-        match self.take(key)? {
-            Attr::Real(x) => Ok(x),
-            Attr::Int(n) => Ok(Real(n as f64)),
-            got => self.wrong(key, "a number", &got),
-        }
-    }
-
-    pub(crate) fn word(&mut self, key: &str) -> Result<String, String> {
-        match self.take(key)? {
-            Attr::Word(w) => Ok(w),
-            got => self.wrong(key, "a word", &got),
-        }
-    }
-
-    fn ints(&mut self, key: &str) -> Result<Vec<i64>, String> {
-        match self.take(key)? {
-            Attr::Ints(v) if v.iter().all(|&x| x >= 0) => Ok(v),
-            Attr::Shape(s) => match s.as_fixed() {
-                Some(v) => Ok(v.into_iter().map(|n| n as i64).collect()),
-                None => self.wrong(key, "a list of whole numbers", &Attr::Shape(s)),
-            },
-            got => self.wrong(key, "a list of whole numbers", &got),
-        }
-    }
-
-    fn reals(&mut self, key: &str) -> Result<Vec<Real>, String> {
-        match self.take(key)? {
-            Attr::Reals(v) => Ok(v),
-            Attr::Ints(v) => Ok(v.into_iter().map(|n| Real(n as f64)).collect()),
-            got => self.wrong(key, "a list of numbers", &got),
-        }
-    }
-
-    fn shape(&mut self, key: &str) -> Result<Shape, String> {
-        match self.take(key)? {
-            Attr::Shape(s) => Ok(s),
-            Attr::Ints(v) if v.iter().all(|&x| x >= 0) => {
-                Ok(Shape(v.into_iter().map(|n| crate::Dim::Fixed(n as u64)).collect()))
-            }
-            got => self.wrong(key, "a shape", &got),
-        }
-    }
-
-    fn elem(&mut self, key: &str) -> Result<Elem, String> {
-        match self.take(key)? {
-            Attr::Elem(e) => Ok(e),
-            got => self.wrong(key, "an element type", &got),
-        }
-    }
-
-    fn spec(&mut self, key: &str) -> Result<QuantSpec, String> {
-        match self.take(key)? {
-            Attr::Spec(q) => Ok(q),
-            got => self.wrong(key, "a quantization scheme such as `u4<group:64, f32, zero>`", &got),
-        }
-    }
-
-    fn rule(&mut self) -> Result<Rule, String> {
-        let w = self.word("rule")?;
-        w.parse().or_else(|()| self.wrong("rule", "one of minmax, awq, mse", &Attr::Word(w.clone())))
-    }
-
-    fn finish(self) -> Result<(), String> {
-        match self.attrs.first() {
-            None => Ok(()),
-            Some((k, _)) => Err(format!("`{}` has no attribute `{k}`", self.word)),
-        }
     }
 }

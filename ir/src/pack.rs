@@ -45,7 +45,9 @@ pub fn pack(codes: &Tensor, spec: QuantSpec) -> Result<Vec<u8>, String> {
     let mut out = Vec::with_capacity(codes.len() / cols * crate::Elem::Quant(spec).row_bytes(cols));
     let offset = spec.qmin();
     match codes.data() {
-        Data::U8(v) if !spec.signed => v.chunks(cols).for_each(|r| pack_row(r.iter().copied(), spec.bits, &mut out)),
+        Data::U8(v) if !spec.signed => {
+            v.chunks(cols).for_each(|r| pack_row(r.iter().copied(), spec.bits, &mut out))
+        }
         Data::I8(v) if spec.signed => v
             .chunks(cols)
             .for_each(|r| pack_row(r.iter().map(|&q| (i32::from(q) - offset) as u8), spec.bits, &mut out)),

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use crate::module::{Func, Module, ModelFacts, ValueId};
+use crate::module::{Func, ModelFacts, Module, ValueId};
 use crate::op::Op;
 
 /// Version of the text form.
@@ -14,7 +14,7 @@ pub fn print(module: &Module) -> String {
     let mut s = format!("qir {VERSION}\n");
     facts(&mut s, &module.facts);
     for h in &module.history {
-        let _ = writeln!(s, "applied {h:?}");
+        let _ = writeln!(s, "applied \"{}\"", escape(h));
     }
     for w in module.weights() {
         let _ = writeln!(s, "weight @{} : {}", w.name, w.ty);
@@ -53,11 +53,28 @@ pub fn node_lines(module: &Module) -> Vec<Vec<usize>> {
         .collect()
 }
 
+fn escape(text: &str) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        match c {
+            '\\' => out.push_str("\\\\"),
+            '"' => out.push_str("\\\""),
+            '\n' => out.push_str("\\n"),
+            '\t' => out.push_str("\\t"),
+            '\r' => out.push_str("\\r"),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
 fn facts(s: &mut String, f: &ModelFacts) {
     if *f == ModelFacts::default() {
         return;
     }
-    let _ = writeln!(s, "fact arch = {}", f.arch);
+    if !f.arch.is_empty() {
+        let _ = writeln!(s, "fact arch = {}", f.arch);
+    }
     for (key, n) in [
         ("hidden", f.hidden),
         ("intermediate", f.intermediate),
@@ -91,7 +108,8 @@ fn func_into(s: &mut String, module: &Module, f: &Func, on_node: &mut dyn FnMut(
         names.insert(v, text);
     }
     let list = |vs: &[ValueId]| vs.iter().map(|v| names[v].as_str()).collect::<Vec<_>>().join(", ");
-    let params = f.params.iter().map(|p| format!("{}: {}", names[p], f.ty(*p))).collect::<Vec<_>>().join(", ");
+    let params =
+        f.params.iter().map(|p| format!("{}: {}", names[p], f.ty(*p))).collect::<Vec<_>>().join(", ");
     let results = f.results.iter().map(|r| f.ty(*r).to_string()).collect::<Vec<_>>().join(", ");
     let _ = writeln!(s, "func @{}({params}) -> ({results}) {{", f.name);
     let mut line = 0;

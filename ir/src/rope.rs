@@ -1,7 +1,6 @@
 //! Rotary position embedding: frequencies and their scaling for long contexts.
 
-use crate::attr::{Attr, Real};
-use crate::op::AttrReader;
+use crate::attr::{Attr, AttrReader, Real};
 
 /// How frequencies are changed for contexts longer than the model was first trained on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -64,7 +63,8 @@ impl RopeAttr {
             }
             RopeScaling::Yarn { factor, fast, slow, original, .. } => {
                 let dim_of = |rotations: f64| {
-                    d * (f64::from(original) / (rotations * std::f64::consts::TAU)).ln() / (2.0 * self.theta.0.ln())
+                    d * (f64::from(original) / (rotations * std::f64::consts::TAU)).ln()
+                        / (2.0 * self.theta.0.ln())
                 };
                 let low = dim_of(fast.0).floor().max(0.0);
                 let high = dim_of(slow.0).ceil().min(d - 1.0);
@@ -89,7 +89,8 @@ impl RopeAttr {
     }
 
     pub(crate) fn attrs(&self) -> Vec<(&'static str, Attr)> {
-        let mut v = vec![("head_dim", Attr::Int(i64::from(self.head_dim))), ("theta", Attr::Real(self.theta))];
+        let mut v =
+            vec![("head_dim", Attr::Int(i64::from(self.head_dim))), ("theta", Attr::Real(self.theta))];
         let word = |w: &str| ("scaling", Attr::Word(w.into()));
         match self.scaling {
             RopeScaling::None => {}

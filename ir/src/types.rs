@@ -42,6 +42,18 @@ impl Elem {
         }
     }
 
+    /// The first element of plain little-endian storage that is NaN or infinite.
+    pub fn find_non_finite(self, bytes: &[u8]) -> Option<usize> {
+        // Infinity and NaN have all exponent bits set.
+        match self {
+            Elem::F16 => bytes.chunks_exact(2).position(|b| b[1] & 0x7C == 0x7C),
+            Elem::BF16 => bytes.chunks_exact(2).position(|b| b[1] & 0x7F == 0x7F && b[0] & 0x80 != 0),
+            Elem::F32 => bytes.chunks_exact(4).position(|b| b[3] & 0x7F == 0x7F && b[2] & 0x80 != 0),
+            Elem::F64 => bytes.chunks_exact(8).position(|b| b[7] & 0x7F == 0x7F && b[6] & 0xF0 == 0xF0),
+            Elem::I8 | Elem::U8 | Elem::I32 | Elem::Quant(_) => None,
+        }
+    }
+
     /// Bytes of one row of `cols` elements in dense storage. Rows of quantized codes start on a byte.
     pub fn row_bytes(self, cols: usize) -> usize {
         (self.bits() * cols).div_ceil(8)

@@ -29,10 +29,16 @@ impl<'m> Verified<'m> {
 pub fn verify(module: &Module) -> Result<Verified<'_>, Vec<Diag>> {
     let mut faults = Vec::new();
     let mut names = HashSet::new();
+    for w in module.weights() {
+        if let Some(d) = bad_type(&w.ty) {
+            faults.push((None, d.at(Place { value: Some(format!("@{}", w.name)), ..Place::default() })));
+        }
+    }
     for (at, f) in module.funcs.iter().enumerate() {
         if !names.insert(&f.name) {
             let place = Place { func: Some(f.name.clone()), ..Place::default() };
-            faults.push((None, Diag::new("Q0301", format!("function @{} is defined twice", f.name)).at(place)));
+            faults
+                .push((None, Diag::new("Q0301", format!("function @{} is defined twice", f.name)).at(place)));
         }
         verify_func(module, at, f, &mut faults);
     }
@@ -49,10 +55,32 @@ pub fn verify(module: &Module) -> Result<Verified<'_>, Vec<Diag>> {
         .collect())
 }
 
+/// A declared type that no operation could have made.
+fn bad_type(ty: &TensorType) -> Option<Diag> {
+    let crate::Elem::Quant(q) = ty.elem else { return None };
+    if !(2..=8).contains(&q.bits) {
+        return Some(Diag::new("Q0201", format!("{} bits: codes have 2 to 8", q.bits)));
+    }
+    if q.signed == q.zero {
+        return Some(Diag::new(
+            "Q0204",
+            format!("{q}: signed codes have no zero point, unsigned ones have one"),
+        ));
+    }
+    let (g, dim) = q.scale_shape(&ty.shape).err()?;
+    Some(Diag::new("Q0202", format!("groups of {g} do not divide the last axis, which is {dim} long")))
+}
+
 type Faults = Vec<(Option<(usize, usize)>, Diag)>;
 
 fn verify_func(module: &Module, at: usize, f: &Func, faults: &mut Faults) {
     let mut names = HashSet::new();
+    for &p in &f.params {
+        if let Some(d) = bad_type(f.ty(p)) {
+            let value = Some(f.show(p).to_string());
+            faults.push((None, d.at(Place { func: Some(f.name.clone()), value, line: None })));
+        }
+    }
     for v in f.value_ids() {
         let value = f.value(v);
         if let Some(name) = &value.name {
@@ -62,10 +90,12 @@ fn verify_func(module: &Module, at: usize, f: &Func, faults: &mut Faults) {
             };
             let place = Place { func: Some(f.name.clone()), value: Some(format!("%{name}")), line: None };
             if !names.insert(name) {
-                faults.push((node, Diag::new("Q0105", format!("%{name} is defined twice")).at(place.clone())));
+                faults
+                    .push((node, Diag::new("Q0105", format!("%{name} is defined twice")).at(place.clone())));
             }
             if name.parse::<u64>().is_ok() || name.is_empty() {
-                faults.push((node, Diag::new("Q0108", format!("`{name}` is a number, not a name")).at(place)));
+                faults
+                    .push((node, Diag::new("Q0108", format!("`{name}` is a number, not a name")).at(place)));
             }
         }
     }
@@ -94,9 +124,14 @@ fn verify_func(module: &Module, at: usize, f: &Func, faults: &mut Faults) {
             Ok(want) => {
                 let have: Vec<&TensorType> = node.outs.iter().map(|&o| f.ty(o)).collect();
                 if have != want.iter().collect::<Vec<_>>() {
-                    let show = |ts: Vec<&TensorType>| ts.iter().map(|t| t.to_string()).collect::<Vec<_>>().join(", ");
+                    let show = |ts: Vec<&TensorType>| {
+                        ts.iter().map(|t| t.to_string()).collect::<Vec<_>>().join(", ")
+                    };
                     let (have, want) = (show(have), show(want.iter().collect()));
-                    fault(Diag::new("Q0104", format!("the result is recorded as {have}, the operation gives {want}")));
+                    fault(Diag::new(
+                        "Q0104",
+                        format!("the result is recorded as {have}, the operation gives {want}"),
+                    ));
                 }
             }
         }
@@ -105,7 +140,8 @@ fn verify_func(module: &Module, at: usize, f: &Func, faults: &mut Faults) {
     for r in &f.results {
         if !defined.get(r.0 as usize).copied().unwrap_or(false) {
             let place = Place { func: Some(f.name.clone()), ..Place::default() };
-            faults.push((None, Diag::new("Q0101", format!("result number {} is not defined", r.0)).at(place)));
+            faults
+                .push((None, Diag::new("Q0101", format!("result number {} is not defined", r.0)).at(place)));
         }
     }
 }

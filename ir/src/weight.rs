@@ -48,7 +48,8 @@ pub trait WeightSource: Send + Sync {
     /// As [`WeightSource::raw`].
     fn read(&self, name: &str) -> Result<Tensor, WeightError> {
         let raw = self.raw(name)?;
-        let shape = raw.ty.shape.as_fixed().ok_or_else(|| WeightError::new(name, "its shape is not fixed"))?;
+        let shape =
+            raw.ty.shape.as_fixed().ok_or_else(|| WeightError::new(name, "its shape is not fixed"))?;
         match raw.ty.elem {
             Elem::Quant(spec) => crate::pack::unpack(&raw.bytes, spec, &shape),
             elem => Tensor::from_le_bytes(elem, &shape, &raw.bytes),

@@ -41,7 +41,9 @@ impl ArtefactError {
     pub(crate) fn io(path: &Path, doing: &str, e: &std::io::Error) -> Self {
         let error = ArtefactError::new(path, format!("cannot {doing}: {e}"));
         match e.kind() {
-            std::io::ErrorKind::StorageFull => error.hint("the disk is full; `qrmc plan` says how much is needed"),
+            std::io::ErrorKind::StorageFull => {
+                error.hint("the disk is full; `qrmc plan` says how much is needed")
+            }
             std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
                 error.hint("choose a folder that can be written to with -o")
             }

@@ -148,6 +148,34 @@ fn legalize(module: &Module, func: &Func, target: &dyn Target) -> Result<Func, D
     }
 }
 
+/// The `silu` and the other factor of a product that is one kernel: of one type, and the `silu` is read by it alone.
+fn silu_product(func: &Func, node: &Node, users: &[Vec<usize>]) -> Option<(ValueId, ValueId)> {
+    let [a, b] = node.ins[..] else { return None };
+    let fits = |gate: ValueId, up: ValueId| {
+        let silu = func.def_node(gate).is_some_and(|n| n.op == Op::Silu);
+        let alone = users[gate.0 as usize].len() == 1 && !func.results.contains(&gate);
+        silu && alone && gate != up && func.ty(gate) == func.ty(up)
+    };
+    if fits(a, b) {
+        Some((a, b))
+    } else if fits(b, a) {
+        Some((b, a))
+    } else {
+        None
+    }
+}
+
+/// Whether a `silu` is computed where its product is.
+fn is_fused_silu(func: &Func, node: &Node, users: &[Vec<usize>]) -> bool {
+    if node.op != Op::Silu {
+        return false;
+    }
+    let [user] = users[node.outs[0].0 as usize][..] else { return false };
+    let user = &func.nodes[user];
+    let mul = user.op == Op::Binary(qrmc_ir::BinaryOp::Mul);
+    mul && silu_product(func, user, users).is_some_and(|(gate, _)| gate == node.outs[0])
+}
+
 /// When buffers are free: for each value, the last node that reads it, and the value whose buffer it shares.
 struct Plan {
     last_use: Vec<usize>,
@@ -165,6 +193,13 @@ impl Plan {
             for v in node.ins.iter().chain(&node.outs) {
                 last_use[alias[v.0 as usize].0 as usize] = n;
             }
+        }
+        // The operand of a `silu` that runs with its product is read there.
+        let users = func.users();
+        for node in func.nodes.iter().filter(|n| is_fused_silu(func, n, &users)) {
+            let at = users[node.outs[0].0 as usize][0];
+            let last = &mut last_use[alias[node.ins[0].0 as usize].0 as usize];
+            *last = (*last).max(at);
         }
         for r in &func.results {
             last_use[alias[r.0 as usize].0 as usize] = usize::MAX;
@@ -194,7 +229,7 @@ impl Lowering<'_> {
         let mut busy: Vec<Option<usize>> = Vec::new();
         for (n, node) in func.nodes.iter().enumerate() {
             let constant = matches!(node.op, Op::Weight(_)) || self.derived[node.outs[0].0 as usize];
-            if done[n] || constant {
+            if done[n] || constant || is_fused_silu(func, node, &users) {
                 continue;
             }
             if matches!(node.op, Op::Reshape(_)) {
@@ -204,7 +239,8 @@ impl Lowering<'_> {
             }
             let (kernel, mut ins, outs) = (Kernel::Op(node.op.clone()), node.ins.clone(), node.outs.clone());
             let (kernel, outs) = self.fuse(kernel, &mut ins, outs, &users, &mut done, n);
-            let ins: Vec<(Arg, TensorType)> = ins.iter().map(|&v| (self.arg(v), func.ty(v).clone())).collect();
+            let ins: Vec<(Arg, TensorType)> =
+                ins.iter().map(|&v| (self.arg(v), func.ty(v).clone())).collect();
             let mut out_slots = Vec::new();
             for &o in &outs {
                 let slot = self.buffer(o, &mut busy);
@@ -238,12 +274,10 @@ impl Lowering<'_> {
             [n] if !func.results.contains(&v) => Some((n, &func.nodes[n])),
             _ => None,
         };
-        let ready = |v: ValueId| match func.value(v).def {
-            qrmc_ir::Def::Param(_) => true,
-            qrmc_ir::Def::Node(n, _) => (n as usize) < at || self.is_const(v),
-        };
         match kernel {
-            Kernel::Op(Op::MatMul { trans_b: true }) if self.is_const(ins[1]) && func.ty(ins[1]).shape.rank() == 2 => {
+            Kernel::Op(Op::MatMul { trans_b: true })
+                if self.is_const(ins[1]) && func.ty(ins[1]).shape.rank() == 2 =>
+            {
                 if let Some((n, next)) = only_user(outs[0]) {
                     let other = next.ins.iter().find(|v| **v != outs[0]).copied();
                     let bias = other.filter(|&b| is_bias_add(&next.op, func.ty(b), func.ty(outs[0])));
@@ -255,16 +289,10 @@ impl Lowering<'_> {
                 }
                 (Kernel::Linear, outs)
             }
-            Kernel::Op(Op::Silu) => {
-                if let Some((n, next)) = only_user(outs[0]) {
-                    let other = next.ins.iter().find(|v| **v != outs[0]).copied();
-                    if let (Op::Binary(qrmc_ir::BinaryOp::Mul), Some(up)) = (&next.op, other) {
-                        if ready(up) && func.ty(up) == func.ty(outs[0]) {
-                            ins.push(up);
-                            done[n] = true;
-                            return (Kernel::SiluMul, next.outs.clone());
-                        }
-                    }
+            Kernel::Op(Op::Binary(qrmc_ir::BinaryOp::Mul)) => {
+                if let Some((gate, up)) = silu_product(func, &func.nodes[at], users) {
+                    *ins = vec![func.def_node(gate).map_or(gate, |n| n.ins[0]), up];
+                    return (Kernel::SiluMul, outs);
                 }
                 (kernel, outs)
             }
@@ -282,7 +310,9 @@ impl Lowering<'_> {
         }
         let c = match self.func.def_node(v) {
             Some(Node { op: Op::Weight(w), .. }) => Const::Weight(self.weight_index(*w)),
-            Some(Node { op: Op::DCast, ins, .. }) if ins.iter().all(|&i| self.func.as_weight(i).is_some()) => {
+            Some(Node { op: Op::DCast, ins, .. })
+                if ins.iter().all(|&i| self.func.as_weight(i).is_some()) =>
+            {
                 let index = |i: &ValueId| self.func.as_weight(*i).map_or(0, |w| self.weight_index(w));
                 Const::Packed { codes: index(&ins[0]), scale: index(&ins[1]), zero: ins.get(2).map(index) }
             }
@@ -306,11 +336,9 @@ impl Lowering<'_> {
         let elem = host_elem(self.func.ty(v).elem);
         let until = self.plan.last_use[self.plan.alias[v.0 as usize].0 as usize];
         let free = |want_same: bool| {
-            self.program
-                .buffers
-                .iter()
-                .enumerate()
-                .position(|(i, b)| busy[i].is_none() && b.elem == elem && (!want_same || b.sizes.contains(&size)))
+            self.program.buffers.iter().enumerate().position(|(i, b)| {
+                busy[i].is_none() && b.elem == elem && (!want_same || b.sizes.contains(&size))
+            })
         };
         let slot = free(true).or_else(|| free(false)).unwrap_or_else(|| {
             self.program.buffers.push(Buffer { elem, sizes: Vec::new() });

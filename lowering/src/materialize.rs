@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use qrmc_ir::{
-    BinaryOp, Builder, Diag, Elem, Engine, EngineError, Func, FuncId, Module, Op, ReduceOp, Tensor, TensorType,
-    ValueId, Verified, WeightSource, extract,
+    BinaryOp, Builder, Diag, Elem, Engine, EngineError, Func, FuncId, Module, Op, ReduceOp, Tensor,
+    TensorType, ValueId, Verified, WeightSource, extract,
 };
 
 use crate::artefact::{ArtefactError, TensorPlan, stored_bytes};
@@ -141,7 +141,11 @@ impl Names {
 
     /// The name of what is computed from a weight: the weight's own, unless another function reads that too.
     fn derived(&self, base: &str, func: &str) -> String {
-        if self.readers.get(base).copied().unwrap_or(0) > 1 { format!("{base}.{func}") } else { base.to_owned() }
+        if self.readers.get(base).copied().unwrap_or(0) > 1 {
+            format!("{base}.{func}")
+        } else {
+            base.to_owned()
+        }
     }
 }
 
@@ -235,13 +239,16 @@ impl Materialized {
         self.jobs.iter().flat_map(|j| j.tensors.clone()).collect()
     }
 
-    /// Bytes of the largest set of tensors that exists at one time while running, as 32-bit floats and codes.
-    pub fn peak_bytes(&self) -> u64 {
-        let elements = |j: &Job| j.tensors[0].ty.shape.as_fixed().map_or(0, |s| s.iter().product::<usize>()) as u64;
+    /// Bytes of the largest set of tensors that exists at one time while running, as 32-bit floats and codes. `owned`
+    /// says whether the source gives out copies, as it must where it stores another type than it declares.
+    pub fn peak_bytes(&self, owned: bool) -> u64 {
+        let elements =
+            |j: &Job| j.tensors[0].ty.shape.as_fixed().map_or(0, |s| s.iter().product::<usize>()) as u64;
         let of = |j: &Job| match j.origin {
+            Origin::Copy(_) if owned => j.tensors[0].bytes(),
             Origin::Copy(_) => 0,
             // The stored weight, its float form, one temporary of each of rounding's steps, codes and their packing.
-            _ if j.tensors.len() > 1 => elements(j) * (2 + 4 * 4 + 1 + 1),
+            _ if j.tensors.len() > 1 => elements(j) * (if owned { 4 } else { 2 } + 4 * 4 + 1 + 1),
             _ => elements(j) * (2 + 2 * 4 + 4),
         };
         self.jobs.iter().map(of).max().unwrap_or(0)
@@ -262,8 +269,10 @@ impl Materialized {
             match &job.origin {
                 Origin::Copy(name) => {
                     let raw = weights.raw(name).map_err(EngineError::from)?;
-                    let why = |why: String| MaterializeError::Value { name: name.clone(), why };
-                    check_finite(raw.ty.elem, &raw.bytes).map_err(why)?;
+                    if let Some(at) = raw.ty.elem.find_non_finite(&raw.bytes) {
+                        let why = format!("element {at} is NaN or infinite; the checkpoint is damaged");
+                        return Err(MaterializeError::Value { name: name.clone(), why });
+                    }
                     put(&job.tensors[0], &raw.bytes)?;
                 }
                 Origin::Value(f, root) => {
@@ -292,7 +301,13 @@ impl Materialized {
 
 /// A function without parameters that gives the parts of a root and, for a quantized one, the sums of the squares of
 /// the rounding error and of the weight.
-fn evaluation(module: &Module, f: &Func, root: ValueId, parts: &[ValueId], quantized: bool) -> Result<Func, Diag> {
+fn evaluation(
+    module: &Module,
+    f: &Func,
+    root: ValueId,
+    parts: &[ValueId],
+    quantized: bool,
+) -> Result<Func, Diag> {
     if !quantized {
         return extract(module, f, "materialize", &[], parts);
     }
@@ -337,18 +352,5 @@ fn float_weight(f: &Func, v: ValueId) -> ValueId {
     match f.def_node(v) {
         Some(n) if matches!(n.op, Op::Clip(_)) => n.ins[0],
         _ => v,
-    }
-}
-
-fn check_finite(elem: Elem, bytes: &[u8]) -> Result<(), String> {
-    let bad = match elem {
-        Elem::F32 => bytes.chunks_exact(4).position(|b| b[3] & 0x7F == 0x7F && b[2] & 0x80 == 0x80),
-        Elem::BF16 => bytes.chunks_exact(2).position(|b| b[1] & 0x7F == 0x7F && b[0] & 0x80 == 0x80),
-        Elem::F16 => bytes.chunks_exact(2).position(|b| b[1] & 0x7C == 0x7C),
-        _ => None,
-    };
-    match bad {
-        None => Ok(()),
-        Some(at) => Err(format!("element {at} is NaN or infinite; the checkpoint is damaged")),
     }
 }

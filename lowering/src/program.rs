@@ -53,7 +53,8 @@ impl fmt::Display for Kernel {
                 let (word, attrs) = op.text();
                 f.write_str(word)?;
                 if !attrs.is_empty() {
-                    let attrs = attrs.iter().map(|(k, v)| format!("{k} = {v}")).collect::<Vec<_>>().join(", ");
+                    let attrs =
+                        attrs.iter().map(|(k, v)| format!("{k} = {v}")).collect::<Vec<_>>().join(", ");
                     write!(f, " {{{attrs}}}")?;
                 }
                 Ok(())
@@ -163,7 +164,8 @@ impl Program {
     /// Whether some operand of an [`Op::CacheAppend`] is this parameter: a cache may be appended to in place.
     pub fn is_cache(&self, param: u32) -> bool {
         self.steps.iter().any(|s| {
-            s.kernel == Kernel::Op(Op::CacheAppend) && s.ins.first().is_some_and(|(a, _)| *a == Arg::Param(param))
+            s.kernel == Kernel::Op(Op::CacheAppend)
+                && s.ins.first().is_some_and(|(a, _)| *a == Arg::Param(param))
         })
     }
 }
@@ -187,7 +189,9 @@ impl fmt::Display for Program {
         for (i, (c, ty)) in self.consts.iter().enumerate() {
             let from = match c {
                 Const::Weight(w) => format!("weight {w}"),
-                Const::Packed { codes, scale, zero: Some(z) } => format!("packed {codes}, scale {scale}, zero {z}"),
+                Const::Packed { codes, scale, zero: Some(z) } => {
+                    format!("packed {codes}, scale {scale}, zero {z}")
+                }
                 Const::Packed { codes, scale, zero: None } => format!("packed {codes}, scale {scale}"),
                 Const::Derived(n) => format!("derived {n}"),
             };

@@ -38,9 +38,13 @@ impl Target for Cpu {
         "any CPU; AVX2 and AVX-512 kernels chosen at run time; weight-only W2 to W8 from packed codes"
     }
 
-    fn legality(&self, op: &Op, ins: &[&TensorType], _outs: &[&TensorType]) -> Legality {
-        if let Some(t) = ins.iter().find(|t| t.elem == qrmc_ir::Elem::F64) {
+    fn legality(&self, op: &Op, ins: &[&TensorType], outs: &[&TensorType]) -> Legality {
+        if let Some(t) = ins.iter().chain(outs).find(|t| t.elem == qrmc_ir::Elem::F64) {
             return Legality::Refuse(format!("operand {t}: kernels compute in f32"));
+        }
+        let moves = matches!(op, Op::Transpose(_) | Op::Slice { .. } | Op::Concat(_) | Op::CacheAppend);
+        if let Some(t) = ins.iter().find(|t| moves && !t.elem.is_float()) {
+            return Legality::Refuse(format!("operand {t}: only floats are moved"));
         }
         match op {
             // A clip bound that is shared by groups is elementwise work on a reshaped tensor.

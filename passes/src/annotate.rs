@@ -49,7 +49,10 @@ pub(crate) fn check_group(unit: &Unit, group: Group) -> Result<(), Diag> {
     let place = Place { func: Some(func.clone()), value: Some(format!("%{role}")), line: None };
     Err(Diag::new("Q0202", format!("groups of {g} do not divide the rows of {role}, which are {n} long"))
         .at(place)
-        .hint(format!("groups that divide every linear layer: {}; or `group=row`", list_divisors(common, u64::from(g)))))
+        .hint(format!(
+            "groups that divide every linear layer: {}; or `group=row`",
+            list_divisors(common, u64::from(g))
+        )))
 }
 
 fn gcd(a: u64, b: u64) -> u64 {

@@ -6,7 +6,7 @@ use crate::pass::{PassCx, PassError};
 use crate::unit::Unit;
 
 /// Tokens that run through a layer at a time. A constant: sums over batches must not depend on the machine.
-const BATCH_TOKENS: usize = 2048;
+const BATCH_TOKENS: usize = 1024;
 
 /// Windows of calibration text.
 #[derive(Clone, Debug)]
@@ -82,31 +82,56 @@ pub struct LayerRun<'a> {
     pub stream: &'a [Tensor],
 }
 
-impl LayerRun<'_> {
-    /// The arguments of the layer's function for one batch.
-    pub fn args(&self, unit: &Unit, batch: &Tensor) -> [Tensor; 4] {
-        layer_args(unit, batch.clone())
-    }
-}
-
-pub(crate) fn layer_args(unit: &Unit, x: Tensor) -> [Tensor; 4] {
+/// The arguments of a layer's function behind the first: positions, and caches that hold nothing.
+pub(crate) fn rest_args(unit: &Unit, x: &Tensor) -> [Tensor; 3] {
     let facts = &unit.module.facts;
     let (b, s) = (x.shape()[0], x.shape()[1]);
     let empty = Tensor::zeros([b, 0, (facts.kv_heads * facts.head_dim) as usize]);
-    [x, Tensor::i32([s], (0..s as i32).collect()), empty.clone(), empty]
+    [Tensor::i32([s], (0..s as i32).collect()), empty.clone(), empty]
 }
 
 /// Results of one layer: named tensors, and the losses that were measured.
 pub(crate) type LayerResult = Vec<(String, Tensor)>;
 
+/// Values of a layer on every batch: `wanted[v][batch]`, and the stream behind the layer. The layer runs once; its
+/// quantizers are the identity.
+pub(crate) fn observe(
+    unit: &Unit,
+    cx: &PassCx<'_>,
+    run: &LayerRun<'_>,
+    wanted: &[qrmc_ir::ValueId],
+) -> Result<(Vec<Vec<Tensor>>, Vec<Tensor>), PassError> {
+    let m = &unit.module;
+    let f = m.func(run.func);
+    let all: Vec<qrmc_ir::ValueId> = wanted.iter().copied().chain(f.results.first().copied()).collect();
+    let named = qrmc_ir::extract(m, f, "observe", &f.params, &all)?;
+    let func = cx.engine.prepare(m, &qrmc_ir::without_quantizers(m, &named)?, &unit.weights)?;
+    let mut values: Vec<Vec<Tensor>> = vec![Vec::new(); wanted.len()];
+    let mut next = Vec::with_capacity(run.stream.len());
+    for x in run.stream {
+        let rest = rest_args(unit, x);
+        let mut out = func.run(&[x, &rest[0], &rest[1], &rest[2]])?;
+        next.extend(out.pop());
+        for (list, t) in values.iter_mut().zip(out) {
+            list.push(t);
+        }
+    }
+    finite(unit, run.func, &next)?;
+    Ok((values, next))
+}
+
 /// Streams the calibration text through the layers. For each layer, `work` computes named tensors from the layer and
-/// its inputs; `apply` puts them into the unit. Results are kept in the store under a key of everything that they
+/// its inputs, and the stream behind it; `apply` puts the tensors into the unit. Results are kept in the store under a key of everything that they
 /// depend on; where they are found there, only `apply` runs.
 pub(crate) fn walk_layers(
     unit: &mut Unit,
     cx: &mut PassCx<'_>,
     pass: &str,
-    work: &mut dyn FnMut(&Unit, &mut PassCx<'_>, &LayerRun<'_>) -> Result<LayerResult, PassError>,
+    work: &mut dyn FnMut(
+        &Unit,
+        &mut PassCx<'_>,
+        &LayerRun<'_>,
+    ) -> Result<(LayerResult, Vec<Tensor>), PassError>,
     apply: &mut dyn FnMut(&mut Unit, &mut PassCx<'_>, usize, FuncId, LayerResult) -> Result<(), PassError>,
 ) -> Result<(), PassError> {
     let Some(calibration) = cx.calibration else {
@@ -121,7 +146,11 @@ pub(crate) fn walk_layers(
         pass.as_bytes(),
         &calibration.hash().0,
         weights_hash(unit).hex().as_bytes(),
-        unit.module.find_func("embed").map(|f| print_func(&unit.module, unit.module.func(f))).unwrap_or_default().as_bytes(),
+        unit.module
+            .find_func("embed")
+            .map(|f| print_func(&unit.module, unit.module.func(f)))
+            .unwrap_or_default()
+            .as_bytes(),
     ]);
     let keys: Vec<Hash> = layers
         .iter()
@@ -150,8 +179,7 @@ pub(crate) fn walk_layers(
             None => recover_stream(&before, cx, calibration, &layers, index, &keys, stream_key)?,
         };
         let run = LayerRun { index, total: layers.len(), func, stream: &inputs };
-        let result = work(unit, cx, &run)?;
-        let next = advance(&before, cx, func, inputs)?;
+        let (result, next) = work(unit, cx, &run)?;
         // The stream goes first: a kept result without its stream would cost a run through all layers before it.
         let named: Vec<(String, Tensor)> =
             next.iter().enumerate().map(|(i, t)| (format!("batch{i}"), t.clone())).collect();
@@ -208,20 +236,28 @@ fn recover_stream(
 }
 
 /// The stream behind a layer of the float model.
-fn advance(unit: &Unit, cx: &PassCx<'_>, func: FuncId, stream: Vec<Tensor>) -> Result<Vec<Tensor>, PassError> {
-    let mut float = qrmc_ir::without_quantizers(&unit.module, unit.module.func(func))?;
-    float.results.truncate(1);
-    let layer = cx.engine.prepare(&unit.module, &qrmc_ir::prune(&float), &unit.weights)?;
-    let mut next = Vec::with_capacity(stream.len());
-    for x in stream {
-        let args = layer_args(unit, x);
-        next.append(&mut layer.run(&args.each_ref())?);
+fn advance(
+    unit: &Unit,
+    cx: &PassCx<'_>,
+    func: FuncId,
+    stream: Vec<Tensor>,
+) -> Result<Vec<Tensor>, PassError> {
+    let run = LayerRun { index: 0, total: 0, func, stream: &stream };
+    Ok(observe(unit, cx, &run, &[])?.1)
+}
+
+fn finite(unit: &Unit, func: FuncId, stream: &[Tensor]) -> Result<(), PassError> {
+    match stream.iter().find(|t| !t.as_f32().is_some_and(|v| v.iter().all(|x| x.is_finite()))) {
+        None => Ok(()),
+        Some(t) => Err(PassError::Calibration {
+            what: format!(
+                "@{} gives NaN or infinity on the calibration text ({:?})",
+                unit.module.func(func).name,
+                t.shape()
+            ),
+            hint:
+                "the source model overflows on this text; look at the text and at the model's rope settings"
+                    .into(),
+        }),
     }
-    if let Some(t) = next.iter().find(|t| !t.as_f32().is_some_and(|v| v.iter().all(|x| x.is_finite()))) {
-        return Err(PassError::Calibration {
-            what: format!("@{} gives NaN or infinity on the calibration text ({:?})", unit.module.func(func).name, t.shape()),
-            hint: "the source model overflows on this text; look at the text and at the model's rope settings".into(),
-        });
-    }
-    Ok(next)
 }

@@ -88,9 +88,11 @@ pub fn compare_logits(
     let before = qrmc_ir::module_without_quantizers(before)?;
     let after = qrmc_ir::module_without_quantizers(after)?;
     let same = before.funcs.len() == after.funcs.len()
-        && before.funcs.iter().zip(&after.funcs).all(|(a, b)| {
-            qrmc_ir::print_func(&before, a) == qrmc_ir::print_func(&after, b)
-        });
+        && before
+            .funcs
+            .iter()
+            .zip(&after.funcs)
+            .all(|(a, b)| qrmc_ir::print_func(&before, a) == qrmc_ir::print_func(&after, b));
     if same {
         return Ok(Gap { absolute: 0.0, relative: 0.0 });
     }

@@ -3,9 +3,12 @@
 //! For every row and group, the bound `max|w| * (1 - i / grid)` that moves the group's share of the product least on
 //! a sample of tokens. That error is a quadratic form in the Gram matrix of the group's inputs.
 
-use qrmc_ir::{BinaryOp, Builder, Diag, Dim, Elem, Func, FuncId, Grain, Module, Op, QuantSpec, ReduceOp, Rule, Sym, Tensor, TensorType, ValueId, extract, rewrite};
+use qrmc_ir::{
+    BinaryOp, Builder, Diag, Dim, Elem, Func, FuncId, Grain, Module, Op, QuantSpec, ReduceOp, Rule, Sym,
+    Tensor, TensorType, ValueId, extract, rewrite,
+};
 
-use crate::calibrate::{LayerResult, LayerRun, walk_layers};
+use crate::calibrate::{LayerResult, LayerRun, observe, walk_layers};
 use crate::edges::{linears, role};
 use crate::options::{OptionValue, options};
 use crate::pass::{LayerLoss, Pass, PassCx, PassError, PassInfo, Preserves, Stage};
@@ -52,7 +55,8 @@ impl Pass for ClipSearch {
         let o = self.0.clone();
         let name = self.call().to_string();
         let mut work = |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| search_layer(&o, unit, cx, run);
-        let mut apply = |unit: &mut Unit, cx: &mut PassCx<'_>, index, func, result| insert(unit, cx, index, func, result);
+        let mut apply =
+            |unit: &mut Unit, cx: &mut PassCx<'_>, index, func, result| insert(unit, cx, index, func, result);
         walk_layers(unit, cx, &name, &mut work, &mut apply)
     }
 }
@@ -151,23 +155,15 @@ fn search_layer(
     unit: &Unit,
     cx: &mut PassCx<'_>,
     run: &LayerRun<'_>,
-) -> Result<LayerResult, PassError> {
+) -> Result<(LayerResult, Vec<Tensor>), PassError> {
     let m = &unit.module;
-    let f = qrmc_ir::prune(m.func(run.func));
-    let targets = targets(m, &f, &o.skip);
+    let f = m.func(run.func);
+    let targets = targets(m, f, &o.skip);
     let mut xs: Vec<ValueId> = targets.iter().map(|t| t.x).collect();
     xs.sort_unstable();
     xs.dedup();
     // Inputs as the float model has them: quantizers are the identity in front of what is searched.
-    let named = extract(m, &f, "inputs", &f.params, &xs)?;
-    let inputs = cx.engine.prepare(m, &qrmc_ir::without_quantizers(m, &named)?, &unit.weights)?;
-    let mut fed: Vec<Vec<Tensor>> = vec![Vec::new(); xs.len()];
-    for x in run.stream {
-        let args = run.args(unit, x);
-        for (list, t) in fed.iter_mut().zip(inputs.run(&args.each_ref())?) {
-            list.push(t);
-        }
-    }
+    let (fed, next) = observe(unit, cx, run, &xs)?;
     let samples: Vec<Tensor> = xs
         .iter()
         .zip(&fed)
@@ -181,7 +177,7 @@ fn search_layer(
             return Err(PassError::Interrupted);
         }
         let at = xs.iter().position(|x| *x == t.x).unwrap_or(0);
-        let w = cx.run(unit, &extract(m, &f, "weight", &[], &[t.w])?, &[])?.remove(0);
+        let w = cx.run(unit, &extract(m, f, "weight", &[], &[t.w])?, &[])?.remove(0);
         let (n, k) = (w.shape()[0], w.shape()[1]);
         let g = group_size(t.spec, k);
         let (groups, rows) = (k / g, samples[at].shape()[1]);
@@ -214,17 +210,26 @@ fn search_layer(
         }
         if let Some(bad) = best.iter().position(|b| !b.0.is_finite()) {
             return Err(PassError::Calibration {
-                what: format!("no bound gives a finite error on row {} of {} in @{}", bad / groups, t.role, f.name),
-                hint: "activations overflow on the calibration text; look at the text and the source weights".into(),
+                what: format!(
+                    "no bound gives a finite error on row {} of {} in @{}",
+                    bad / groups,
+                    t.role,
+                    f.name
+                ),
+                hint: "activations overflow on the calibration text; look at the text and the source weights"
+                    .into(),
             });
         }
         after += best.iter().map(|b| f64::from(b.0)).sum::<f64>();
         let per = (rows * n) as f64;
-        result.push((format!("{}.bound", t.role), Tensor::f32([n, groups], best.iter().map(|b| b.1).collect())));
+        result.push((
+            format!("{}.bound", t.role),
+            Tensor::f32([n, groups], best.iter().map(|b| b.1).collect()),
+        ));
         let losses = vec![before / per, after / per];
         result.push((format!("{}.loss", t.role), Tensor::new([2], qrmc_ir::Data::F64(losses))));
     }
-    Ok(result)
+    Ok((result, next))
 }
 
 fn insert(

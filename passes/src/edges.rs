@@ -18,11 +18,7 @@ pub(crate) struct Linear {
 /// All linear layers of a function in order.
 pub(crate) fn linears(func: &Func) -> Vec<Linear> {
     let derived = func.weight_derived();
-    func.nodes
-        .iter()
-        .enumerate()
-        .filter_map(|(at, n)| linear(func, &derived, at, n))
-        .collect()
+    func.nodes.iter().enumerate().filter_map(|(at, n)| linear(func, &derived, at, n)).collect()
 }
 
 fn linear(func: &Func, derived: &[bool], node: usize, n: &Node) -> Option<Linear> {

@@ -3,7 +3,6 @@
 //! A pass sees execution only through [`qrmc_ir::Engine`] and names no target.
 
 mod annotate;
-mod awq;
 mod calibrate;
 mod check;
 mod clip_search;
@@ -17,6 +16,7 @@ mod place;
 mod presets;
 mod registry;
 mod rtn;
+mod scale;
 mod unit;
 
 pub use calibrate::{Calibration, LayerRun, NoStore, StepStore};

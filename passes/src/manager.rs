@@ -19,7 +19,7 @@ pub enum PipelineError {
     /// A name or an option is unknown.
     #[error(transparent)]
     Call(#[from] CallError),
-    /// A pass failed. The module before it comes along, for a reproducer.
+    /// A pass failed.
     #[error("in pass {index} of {total}, {pass}: {error}")]
     Pass {
         /// Place in the pipeline, from 1.
@@ -30,8 +30,6 @@ pub enum PipelineError {
         pass: String,
         /// What it says.
         error: PassError,
-        /// Text of the module before the pass, headed by the pipeline that fails.
-        reproducer: String,
     },
     /// A pass left a module that the verifier refuses: a fault of qrmc.
     #[error("pass {pass} left a module that does not verify: {first}")]
@@ -42,7 +40,7 @@ pub enum PipelineError {
         first: Diag,
         /// How many there are.
         count: usize,
-        /// As above.
+        /// Text of the module before the pass, headed by the command that repeats the fault.
         reproducer: String,
     },
     /// A pass broke its promise.
@@ -95,17 +93,16 @@ impl Manager<'_> {
         let mut reports = Vec::new();
         for (i, pass) in passes.iter().enumerate() {
             let name = pass.call().to_string();
-            let failed = |error: PassError, unit: &Unit| PipelineError::Pass {
+            let failed = |error: PassError| PipelineError::Pass {
                 index: i + 1,
                 total: passes.len(),
                 pass: name.clone(),
                 error,
-                reproducer: reproducer(pipeline, i, &unit.module),
             };
-            accepts(&**pass, &unit.module).map_err(|d| failed(d.into(), unit))?;
+            accepts(&**pass, &unit.module).map_err(|d| failed(d.into()))?;
             let start = Instant::now();
             let mut after = unit.clone();
-            pass.run(&mut after, cx).map_err(|e| failed(e, unit))?;
+            pass.run(&mut after, cx).map_err(|e| failed(e))?;
             let time = start.elapsed();
             if let Err(faults) = verify(&after.module) {
                 let count = faults.len();
@@ -115,7 +112,7 @@ impl Manager<'_> {
             }
             let preserves = pass.info().preserves;
             let gap = if self.check {
-                check(preserves, unit, &after, cx, self.seed).map_err(|e| failed(e.into(), unit))?
+                check(preserves, unit, &after, cx, self.seed).map_err(|e| failed(e.into()))?
             } else {
                 None
             };

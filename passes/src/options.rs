@@ -16,6 +16,8 @@ pub enum OptionValue {
 impl fmt::Display for OptionValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            // What would read back as something else is quoted.
+            OptionValue::Word(w) if !is_word(w) || w.parse::<f64>().is_ok() => write!(f, "\"{w}\""),
             OptionValue::Word(w) => f.write_str(w),
             OptionValue::Number(n) => f.write_str(n),
             OptionValue::List(v) => {
@@ -27,6 +29,15 @@ impl fmt::Display for OptionValue {
             }
         }
     }
+}
+
+/// Whether a text is a word of pipeline text as it stands.
+pub(crate) fn is_word(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(is_word_char)
+}
+
+pub(crate) fn is_word_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "-_.".contains(c)
 }
 
 /// A type that an option can have.
@@ -222,6 +233,7 @@ macro_rules! options {
             }
 
             /// Every option with its value: the normal form.
+            #[allow(dead_code, reason = "a preset is replaced by the passes that it stands for")]
             pub(crate) fn write(&self) -> Vec<(String, $crate::options::OptionValue)> {
                 vec![$((stringify!($field).to_owned(), $crate::options::OptionType::write(&self.$field)),)*]
             }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::options::OptionValue;
+use crate::options::{OptionValue, is_word_char};
 
 /// One pass or preset with its options, as written.
 #[derive(Clone, PartialEq, Debug)]
@@ -90,7 +90,7 @@ impl Parser<'_> {
     fn word(&mut self, what: &str) -> Result<String, String> {
         self.peek();
         let rest = &self.text[self.at..];
-        let n = rest.find(|c: char| !(c.is_ascii_alphanumeric() || "-_.".contains(c))).unwrap_or(rest.len());
+        let n = rest.find(|c: char| !is_word_char(c)).unwrap_or(rest.len());
         if n == 0 {
             return Err(match rest.chars().next() {
                 Some(c) => format!("expected {what}, found `{c}`"),
@@ -122,29 +122,31 @@ impl Parser<'_> {
                 if !options.is_empty() && !self.eat(',') {
                     return Err("expected `,` or `}`".into());
                 }
-                options.push(self.option()?);
+                options.append(&mut self.option()?);
             }
         } else if self.eat(':') {
             // Without braces the options run to the end: the form that no shell expands.
             loop {
-                options.push(self.option()?);
+                options.append(&mut self.option()?);
                 if !self.eat(',') {
                     break;
                 }
             }
         } else if self.peek() == Some('=') {
-            return Err(format!("`{name}` looks like a name and an option in one: did your shell expand the braces? Quote the argument, or write `pass:key=value`"));
+            return Err(format!(
+                "`{name}` looks like a name and an option in one: did your shell expand the braces? Quote the argument, or write `pass:key=value`"
+            ));
         }
         Ok(Call { name, options })
     }
 
-    fn option(&mut self) -> Result<(String, OptionValue), String> {
+    fn option(&mut self) -> Result<Vec<(String, OptionValue)>, String> {
         let key = self.word("the name of an option")?;
         if !self.eat('=') {
             // `w4a4kv4` stands for its three widths.
             return scheme(&key).ok_or_else(|| format!("option `{key}` has no value: write `{key}=..`"));
         }
-        Ok((key, self.value()?))
+        Ok(vec![(key, self.value()?)])
     }
 
     fn value(&mut self) -> Result<OptionValue, String> {
@@ -169,12 +171,20 @@ impl Parser<'_> {
     }
 }
 
-/// `w4` alone, as the option of that width.
-fn scheme(word: &str) -> Option<(String, OptionValue)> {
-    let digits = word.find(|c: char| c.is_ascii_digit())?;
-    let (key, n) = word.split_at(digits);
-    let known = matches!(key, "w" | "a" | "kv") && n.chars().all(|c| c.is_ascii_digit());
-    known.then(|| (key.to_owned(), OptionValue::Number(n.to_owned())))
+/// `w4a4kv4`: widths without their signs of equality.
+fn scheme(word: &str) -> Option<Vec<(String, OptionValue)>> {
+    let mut rest = word;
+    let mut out = Vec::new();
+    while !rest.is_empty() {
+        let (key, tail) = rest.split_at(rest.find(|c: char| c.is_ascii_digit())?);
+        let (n, tail) = tail.split_at(tail.find(|c: char| !c.is_ascii_digit()).unwrap_or(tail.len()));
+        if !matches!(key, "w" | "a" | "kv") {
+            return None;
+        }
+        out.push((key.to_owned(), OptionValue::Number(n.to_owned())));
+        rest = tail;
+    }
+    Some(out)
 }
 
 #[cfg(test)]
@@ -190,6 +200,8 @@ mod tests {
             (" place_transforms , rtn{ bits = 3 }", "place-transforms,rtn{bits=3}"),
             ("clip-search{skip=[q_proj,k_proj]}", "clip-search{skip=[q_proj,k_proj]}"),
             ("rtn{w4}", "rtn{w=4}"),
+            ("x{w4a4kv4}", "x{w=4,a=4,kv=4}"),
+            ("x{s=\"a b\",t=[\"4\",c]}", "x{s=\"a b\",t=[\"4\",c]}"),
             ("x{a=-1,b=0.5,c=\"layer.3\"}", "x{a=-1,b=0.5,c=layer.3}"),
         ] {
             let p = parse_pipeline(text).unwrap();

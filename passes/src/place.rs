@@ -65,8 +65,9 @@ fn place(module: &Module, func: &Func, o: &PlaceOptions) -> Result<Func, Diag> {
         .with_iter_limit(o.rounds as usize)
         .with_time_limit(TIME_LIMIT)
         .run(&rules::rules());
-    if let Some(reason @ (StopReason::NodeLimit(_) | StopReason::IterationLimit(_) | StopReason::TimeLimit(_))) =
-        &runner.stop_reason
+    if let Some(
+        reason @ (StopReason::NodeLimit(_) | StopReason::IterationLimit(_) | StopReason::TimeLimit(_)),
+    ) = &runner.stop_reason
     {
         let m = format!("placing the transforms of @{} did not come to an end: {reason:?}", func.name);
         return Err(Diag::new("Q0604", m)

@@ -3,13 +3,13 @@
 use qrmc_ir::{Rule, ScaleType};
 
 use crate::annotate::AnnotateOptions;
-use crate::awq::ScaleOptions;
 use crate::clip_search::ClipSearchOptions;
 use crate::options::{Bits, Group, OptionError, OptionInfo, OptionValue, options};
 use crate::pipeline::{Call, Pipeline};
 use crate::place::PlaceOptions;
 use crate::registry::{CallError, call_error, find, unknown_pass};
 use crate::rtn::RtnOptions;
+use crate::scale::ScaleOptions;
 
 type Given = [(String, OptionValue)];
 
@@ -131,7 +131,8 @@ pub fn expand_presets(pipeline: &Pipeline) -> Result<Pipeline, CallError> {
     let mut out: Vec<Call> = Vec::new();
     for c in &pipeline.0 {
         let annotated = out.iter().any(|c| c.name == "annotate");
-        let preset = PRESETS.iter().find(|p| p.name == c.name).filter(|_| !(annotated && find(&c.name).is_some()));
+        let preset =
+            PRESETS.iter().find(|p| p.name == c.name).filter(|_| !(annotated && find(&c.name).is_some()));
         match preset {
             Some(p) => {
                 let options = widths(&c.options);
@@ -149,4 +150,3 @@ pub fn expand_presets(pipeline: &Pipeline) -> Result<Pipeline, CallError> {
 fn widths(given: &Given) -> Vec<(String, OptionValue)> {
     given.iter().map(|(k, v)| (if k == "w" { "bits".to_owned() } else { k.clone() }, v.clone())).collect()
 }
-

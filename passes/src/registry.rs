@@ -1,13 +1,13 @@
 //! Every pass, in one table. Help, documentation and `qrmc passes` are made from it.
 
 use crate::annotate::{Annotate, AnnotateOptions};
-use crate::awq::{Scale, ScaleOptions};
 use crate::clip_search::{ClipSearch, ClipSearchOptions};
 use crate::fuse_norm::{FuseNorm, FuseNormOptions};
 use crate::options::{OptionError, OptionInfo, OptionValue};
 use crate::pass::{Pass, PassInfo};
 use crate::place::{Place, PlaceOptions};
 use crate::rtn::{Rtn, RtnOptions};
+use crate::scale::{Scale, ScaleOptions};
 
 type Given = [(String, OptionValue)];
 
@@ -82,7 +82,11 @@ pub struct CallError {
 pub(crate) fn call_error(name: &str, e: &OptionError, options: &[OptionInfo]) -> CallError {
     let all = || {
         let list = options.iter().map(|o| o.name).collect::<Vec<_>>().join(", ");
-        if list.is_empty() { format!("`{name}` takes no options") } else { format!("options of `{name}`: {list}") }
+        if list.is_empty() {
+            format!("`{name}` takes no options")
+        } else {
+            format!("options of `{name}`: {list}")
+        }
     };
     let hint = match e {
         OptionError::Unknown(o) => match nearest(o, options.iter().map(|o| o.name)) {
@@ -100,7 +104,9 @@ pub(crate) fn unknown_pass(name: &str) -> CallError {
     let passes = PASSES.iter().map(|p| p.info().name);
     let names: Vec<&str> = passes.chain(crate::PRESETS.iter().map(|p| p.name)).collect();
     let hint = if let Some(glued) = names.iter().find(|n| name.starts_with(**n) && name.contains('=')) {
-        format!("did your shell expand the braces of `{glued}{{..}}`? quote the argument, or write `{glued}:key=value`")
+        format!(
+            "did your shell expand the braces of `{glued}{{..}}`? quote the argument, or write `{glued}:key=value`"
+        )
     } else {
         match nearest(name, names.iter().copied()) {
             Some(n) => format!("did you mean `{n}`? `qrmc passes` lists all"),

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use qrmc_ir::{Diag, Elem, Module, RawWeight, Shape, Tensor, TensorType, WeightError, WeightId, WeightSource};
+use qrmc_ir::{
+    Diag, Elem, Module, RawWeight, Shape, Tensor, TensorType, WeightError, WeightId, WeightSource,
+};
 
 /// The weights of a checkpoint with tensors laid over them.
 #[derive(Clone)]
@@ -54,10 +56,10 @@ impl Unit {
         Unit { module, weights: Overlay::new(weights) }
     }
 
-    /// Declares an `f32` tensor that a pass has made.
+    /// Declares an `f32` tensor that a pass has made, under this name or, if that is taken, the name with a number.
     ///
     /// # Errors
-    /// If the name is taken by a weight of another type, or the tensor is not finite.
+    /// If the tensor is not finite.
     pub fn define(&mut self, name: &str, tensor: Tensor) -> Result<WeightId, Diag> {
         let finite = tensor.as_f32().is_some_and(|v| v.iter().all(|x| x.is_finite()));
         if !finite {
@@ -65,11 +67,18 @@ impl Unit {
                 .hint("look at the calibration text and the source weights: one of them is out of range"));
         }
         let ty = TensorType::new(Elem::F32, Shape::fixed(tensor.shape()));
-        let id = self.module.declare(name, ty).map_err(|have| {
-            Diag::new("Q0601", format!("@{name} exists already as {have}"))
-                .hint("was the same pass applied before? `qrmc inspect` shows the history")
-        })?;
-        self.weights.own.insert(name.to_owned(), tensor);
+        let taken = |n: &str| self.module.find_weight(n).is_some() || self.weights.own.contains_key(n);
+        let mut free = name.to_owned();
+        let mut number = 2;
+        while taken(&free) {
+            free = format!("{name}.{number}");
+            number += 1;
+        }
+        let id = self
+            .module
+            .declare(&free, ty)
+            .map_err(|have| Diag::new("Q0601", format!("@{free} exists already as {have}")))?;
+        self.weights.own.insert(free, tensor);
         Ok(id)
     }
 }

@@ -73,7 +73,10 @@ pub fn generate(
         return Err(GenerateError::Prompt("the prompt has no tokens".into()));
     }
     if prompt.len() >= context {
-        let m = format!("the prompt has {} tokens and the model's context {context}; shorten the prompt", prompt.len());
+        let m = format!(
+            "the prompt has {} tokens and the model's context {context}; shorten the prompt",
+            prompt.len()
+        );
         return Err(GenerateError::Prompt(m));
     }
     let room = context.min(prompt.len() + params.max_new);

@@ -43,7 +43,11 @@ impl Session {
     ///
     /// # Errors
     /// If a function is missing, cannot run on this engine, or a weight cannot be read.
-    pub fn load(engine: &CpuEngine, module: &Module, weights: &dyn WeightSource) -> Result<Self, EngineError> {
+    pub fn load(
+        engine: &CpuEngine,
+        module: &Module,
+        weights: &dyn WeightSource,
+    ) -> Result<Self, EngineError> {
         let load = |name: &str| match module.find_func(name) {
             Some(f) => engine.load(module, module.func(f), weights),
             None => Err(EngineError::System(format!("the model has no @{name}, so it is no decoder"))),
@@ -119,5 +123,9 @@ impl Session {
 /// The rows of a stream `[1, S, n]` in parts of at most 512: logits of all at once would not fit for long windows.
 pub(crate) fn row_parts(stream: &Tensor) -> impl Iterator<Item = Tensor> + '_ {
     let n = stream.shape()[2];
-    stream.as_f32().unwrap_or(&[]).chunks(CHUNK * n).map(move |rows| Tensor::f32([1, rows.len() / n, n], rows.to_vec()))
+    stream
+        .as_f32()
+        .unwrap_or(&[])
+        .chunks(CHUNK * n)
+        .map(move |rows| Tensor::f32([1, rows.len() / n, n], rows.to_vec()))
 }

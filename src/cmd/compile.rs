@@ -13,13 +13,13 @@ use qrmc_passes::{Calibration, LayerLoss, Manager, PassCx, PipelineError, Report
 use super::recipe::Settings;
 use super::summary::Summary;
 use super::{emit, plan};
+use crate::calib;
 use crate::cli::{CompileArgs, Emit};
 use crate::fail::{FAILURE, Failure, INTERRUPTED};
 use crate::memory::{Watch, private_bytes, show_bytes};
 use crate::model::{self, Model};
 use crate::store::DiskStore;
 use crate::ui::Ui;
-use crate::calib;
 
 /// Shows progress, keeps losses.
 struct Reporter<'a> {
@@ -32,7 +32,9 @@ struct Reporter<'a> {
 impl Report for Reporter<'_> {
     fn progress(&mut self, pass: &str, done: usize, total: usize, note: &str) {
         let loss = self.losses.last().filter(|(p, l)| p == pass && l.layer + 1 == done);
-        let loss = loss.map(|(_, l)| format!("{} {:.2e} <- {:.2e}  ", l.what, l.after, l.before)).unwrap_or_default();
+        let loss = loss
+            .map(|(_, l)| format!("{} {:.2e} <- {:.2e}  ", l.what, l.after, l.before))
+            .unwrap_or_default();
         self.ui.progress(pass, done, total, &format!("{loss}{note} {}", show_bytes(private_bytes())));
     }
 
@@ -56,12 +58,17 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     // A second Ctrl-C ends the process at once; kept steps are whole files at any time.
     let _ = ctrlc::set_handler(move || {
         if flag.swap(true, Ordering::Relaxed) {
-            std::process::abort();
+            #[allow(clippy::exit, reason = "the user asked twice")]
+            std::process::exit(i32::from(INTERRUPTED));
         }
     });
     let engine = super::engine(&args.machine)?;
     let path = model::locate(args.model.as_deref())?;
     let model = model::open(&path, &engine)?;
+    if model.checkpoint.is_none() {
+        return Err(Failure::usage(format!("{} is an artefact already", path.display()))
+            .hint("compile starts from a Hugging Face folder or a GGUF file"));
+    }
     let settings = Settings::decide(args, &model)?;
     let target = args.output.clone().unwrap_or_else(|| settings.default_output(&model));
     let needs = plan::estimate(&model, &settings, &engine)?;
@@ -91,7 +98,8 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
             source_key: format!("{} {}", env!("CARGO_PKG_VERSION"), source.hash),
             report: &mut report,
         };
-        let mut after = |pass: &str, module: &Module| print_after(ui, args.print_after.as_deref(), pass, module);
+        let mut after =
+            |pass: &str, module: &Module| print_after(ui, args.print_after.as_deref(), pass, module);
         let mut manager = Manager { check: settings.check, seed: settings.seed, after: &mut after };
         manager.run(&mut unit, &settings.pipeline, &mut cx).map_err(|e| with_reproducer(e, &target, ui))?
     };
@@ -103,7 +111,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     let recipe = settings.recipe(&source, calibration.as_ref().map(|c: &Calibration| c.hash().hex()));
     let recipe = serde_yaml_ng::to_string(&recipe).map_err(|e| Failure::new(FAILURE, e.to_string()))?;
     let mut summary = Summary {
-        output: target.display().to_string(),
+        output: target.display().to_string().trim_end_matches('/').to_owned(),
         model: path.display().to_string(),
         source_bytes: source_bytes(&model),
         reports,

@@ -24,7 +24,8 @@ pub(crate) fn run(args: &DiffArgs, ui: &Ui) -> Result<(), Failure> {
     out.push(("weights", compare(&weights(&a), &weights(&b))));
     let mut names: Vec<&str> = a.funcs.iter().map(|f| f.name.as_str()).collect();
     names.extend(b.funcs.iter().map(|f| f.name.as_str()).filter(|n| a.find_func(n).is_none()));
-    let text = |m: &Module, name: &str| m.find_func(name).map(|f| print_func(m, m.func(f))).unwrap_or_default();
+    let text =
+        |m: &Module, name: &str| m.find_func(name).map(|f| print_func(m, m.func(f))).unwrap_or_default();
     for name in names {
         out.push((name, compare(&text(&a, name), &text(&b, name))));
     }
@@ -32,7 +33,9 @@ pub(crate) fn run(args: &DiffArgs, ui: &Ui) -> Result<(), Failure> {
     if ui.json() {
         let parts: Vec<_> = out
             .iter()
-            .map(|(name, d)| json!({ "part": name, "added": d.added, "removed": d.removed, "lines": d.lines }))
+            .map(
+                |(name, d)| json!({ "part": name, "added": d.added, "removed": d.removed, "lines": d.lines }),
+            )
             .collect();
         ui.object(&json!({ "equal": out.is_empty(), "differences": parts }));
         return Ok(());

@@ -1,5 +1,6 @@
 //! `--emit fake`: an ordinary Hugging Face folder in bf16 whose weights are the de-quantized ones.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use qrmc_frontends::SideFile;
@@ -12,7 +13,9 @@ use crate::fail::{Failure, ILLEGAL};
 
 /// Whether a folder is what `--emit fake` wrote.
 pub(crate) fn is_fake(path: &Path) -> bool {
-    path.join("manifest.json").is_file() && path.join("config.json").is_file() && !path.join("model.qir").exists()
+    path.join("manifest.json").is_file()
+        && path.join("config.json").is_file()
+        && !path.join("model.qir").exists()
 }
 
 /// Turns the tensors of an artefact, in their order, into those of a checkpoint.
@@ -32,7 +35,10 @@ impl Fake {
     pub(crate) fn plan(packed: &Module, source: &Module) -> Result<Self, Failure> {
         for (have, want) in packed.funcs.iter().zip(&source.funcs) {
             if skeleton(have) != skeleton(want) {
-                let m = format!("@{} is not the source's graph any more: an ordinary checkpoint cannot hold it", have.name);
+                let m = format!(
+                    "@{} is not the source's graph any more: an ordinary checkpoint cannot hold it",
+                    have.name
+                );
                 return Err(Failure::new(ILLEGAL, m)
                     .hint("compile without --emit fake: the artefact keeps the whole graph"));
             }
@@ -44,8 +50,11 @@ impl Fake {
             }
             let name = w.name.strip_suffix(".codes").unwrap_or(&w.name);
             let Some(original) = source.find_weight(name) else {
-                return Err(Failure::new(ILLEGAL, format!("tensor `{name}` has no place in an ordinary checkpoint"))
-                    .hint("compile without --emit fake"));
+                return Err(Failure::new(
+                    ILLEGAL,
+                    format!("tensor `{name}` has no place in an ordinary checkpoint"),
+                )
+                .hint("compile without --emit fake"));
             };
             let shape = source.weight(original).ty.shape.clone();
             tensors.push(TensorPlan { name: name.to_owned(), ty: TensorType { elem: Elem::BF16, shape } });
@@ -76,22 +85,43 @@ impl Fake {
     }
 }
 
-/// The operations that stay online, with weight-derived operands as holes of their shape.
+/// The operations that stay online, in the order in which the results need them, with weight-derived operands as holes
+/// of their shape.
 fn skeleton(f: &Func) -> Vec<String> {
     let derived = f.weight_derived();
-    let number = |v: ValueId| f.value_ids().take_while(|x| *x != v).filter(|x| !derived[x.0 as usize]).count();
-    let online = f.nodes.iter().filter(|n| n.outs.iter().any(|o| !derived[o.0 as usize]));
-    online
-        .map(|node| {
-            let (word, attrs) = node.op.text();
-            let attrs = attrs.iter().map(|(k, v)| format!(" {k}={v}")).collect::<String>();
-            let operand = |v: &ValueId| match derived[v.0 as usize] {
-                true => format!(" weight{}", f.ty(*v).shape),
-                false => format!(" {}", number(*v)),
-            };
-            format!("{word}{attrs}{}", node.ins.iter().map(operand).collect::<String>())
-        })
-        .collect()
+    let mut numbers: HashMap<ValueId, usize> = f.params.iter().copied().zip(0..).collect();
+    let mut out = Vec::new();
+    for &r in &f.results {
+        visit(f, &derived, r, &mut numbers, &mut out);
+    }
+    out.push(f.results.iter().map(|r| format!("{} ", numbers[r])).collect());
+    out
+}
+
+fn visit(
+    f: &Func,
+    derived: &[bool],
+    v: ValueId,
+    numbers: &mut HashMap<ValueId, usize>,
+    out: &mut Vec<String>,
+) {
+    let Some(node) = f.def_node(v).filter(|_| !numbers.contains_key(&v) && !derived[v.0 as usize]) else {
+        return;
+    };
+    for &x in &node.ins {
+        visit(f, derived, x, numbers, out);
+    }
+    let (word, attrs) = node.op.text();
+    let attrs = attrs.iter().map(|(k, v)| format!(" {k}={v}")).collect::<String>();
+    let operand = |v: &ValueId| match derived[v.0 as usize] {
+        true => format!(" weight{}", f.ty(*v).shape),
+        false => format!(" {}", numbers[v]),
+    };
+    out.push(format!("{word}{attrs}{}", node.ins.iter().map(operand).collect::<String>()));
+    for &o in &node.outs {
+        let n = numbers.len();
+        numbers.entry(o).or_insert(n);
+    }
 }
 
 /// The float values of a tensor from its stored parts.

@@ -43,8 +43,10 @@ fn locate(args: &EvalArgs) -> Result<PathBuf, Failure> {
             .hint("give the folder of wikitext-2-raw-v1, or the one that holds it, with --data"));
     }
     settings::shipped("wikitext-2-raw-v1").ok_or_else(|| {
-        Failure::usage("the data set of `wikitext2` is not known")
-            .hint(format!("give its folder with --data, or set {} to where data sets are", settings::DATA_VARIABLE))
+        Failure::usage("the data set of `wikitext2` is not known").hint(format!(
+            "give its folder with --data, or set {} to where data sets are",
+            settings::DATA_VARIABLE
+        ))
     })
 }
 

@@ -34,7 +34,9 @@ pub(crate) fn run(args: &InspectArgs, ui: &Ui) -> Result<(), Failure> {
         return show_funcs(&module, name, ui, &|f| Ok(print_func(&module, f)));
     }
     if let Some(name) = &args.program {
-        return show_funcs(&module, name, ui, &|f| Ok(lower_func(&module, f, &qrmc_lowering::Cpu)?.to_string()));
+        return show_funcs(&module, name, ui, &|f| {
+            Ok(lower_func(&module, f, &qrmc_lowering::Cpu)?.to_string())
+        });
     }
     if ui.json() {
         return json_report(&module, &format, &about, ui);
@@ -48,7 +50,15 @@ pub(crate) fn run(args: &InspectArgs, ui: &Ui) -> Result<(), Failure> {
         ("hidden, intermediate", format!("{}, {}", f.hidden, f.intermediate)),
         ("heads", format!("{} queries, {} keys and values, of {}", f.heads, f.kv_heads, f.head_dim)),
         ("vocabulary, context", format!("{}, {}", f.vocab, f.context)),
-        ("tensors", format!("{} with {:.2} M elements in {}", module.weights().len(), total as f64 / 1e6, show_bytes(bytes as u64))),
+        (
+            "tensors",
+            format!(
+                "{} with {:.2} M elements in {}",
+                module.weights().len(),
+                total as f64 / 1e6,
+                show_bytes(bytes as u64)
+            ),
+        ),
     ];
     for (ty, n, bytes) in by_type(&module) {
         rows.push(("", format!("{ty}: {n} tensors, {}", show_bytes(bytes as u64))));
@@ -66,7 +76,8 @@ pub(crate) fn run(args: &InspectArgs, ui: &Ui) -> Result<(), Failure> {
             .filter(|g| [f.hidden, f.heads * f.head_dim, f.intermediate].iter().all(|n| n % **g == 0))
             .map(ToString::to_string)
             .collect();
-        let list = if divides.is_empty() { "none of 128, 64, 32; use group=row".into() } else { divides.join(", ") };
+        let list =
+            if divides.is_empty() { "none of 128, 64, 32; use group=row".into() } else { divides.join(", ") };
         ui.out(&format!("  {:<22}{list}", "groups that divide"));
     }
     if args.tensors {
@@ -120,7 +131,12 @@ fn show_funcs(
 ) -> Result<(), Failure> {
     let mut found = false;
     for f in module.funcs.iter().filter(|f| name.is_empty() || f.name == name) {
-        ui.out(text(f)?.trim_end());
+        let text = text(f)?;
+        if ui.json() {
+            ui.object(&json!({ "func": f.name, "text": text }));
+        } else {
+            ui.out(text.trim_end());
+        }
         found = true;
     }
     if found {

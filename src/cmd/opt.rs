@@ -4,7 +4,9 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
-use qrmc_ir::{Elem, Module, RawWeight, Tensor, TensorType, WeightError, WeightSource, parse, print, print_func, verify};
+use qrmc_ir::{
+    Elem, Module, RawWeight, Tensor, TensorType, WeightError, WeightSource, parse, print, print_func, verify,
+};
 use qrmc_passes::{LayerLoss, Manager, NoStore, PassCx, Report, Unit};
 
 use super::compile::print_after;
@@ -38,7 +40,9 @@ impl Seeded {
 impl WeightSource for Seeded {
     fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
         let Some(ty) = self.types.get(name) else { return Err(WeightError::new(name, "is not declared")) };
-        let Some(shape) = ty.shape.as_fixed() else { return Err(WeightError::new(name, "its shape is not fixed")) };
+        let Some(shape) = ty.shape.as_fixed() else {
+            return Err(WeightError::new(name, "its shape is not fixed"));
+        };
         let n: usize = shape.iter().product();
         let hash = qrmc_ir::Hash::of([name.as_bytes(), &self.seed.to_le_bytes()]);
         let seed = hash.0.iter().take(8).fold(0u64, |a, &b| a << 8 | u64::from(b));
@@ -76,10 +80,7 @@ pub(crate) fn read_graph(path: &Path) -> Result<(Module, Option<Arc<dyn WeightSo
         let model = model::open(path, &qrmc_runtime::engine::CpuEngine::new(1)?)?;
         return Ok((model.module, Some(model.weights)));
     };
-    let module = parse(&text).map_err(|mut d| {
-        if d.place.func.is_none() {
-            d.place.func = None;
-        }
+    let module = parse(&text).map_err(|d| {
         let mut f = Failure::from(d);
         f.message = format!("{}: {}", path.display(), f.message);
         f
@@ -104,7 +105,8 @@ pub(crate) fn faults(faults: Vec<qrmc_ir::Diag>) -> Failure {
 pub(crate) fn run(args: &OptArgs, ui: &Ui) -> Result<(), Failure> {
     let (module, weights) = read_graph(&args.input)?;
     verify(&module).map_err(faults)?;
-    let pipeline = if args.pass.is_empty() { qrmc_passes::Pipeline::default() } else { recipe::pipeline(&args.pass)? };
+    let pipeline =
+        if args.pass.is_empty() { qrmc_passes::Pipeline::default() } else { recipe::pipeline(&args.pass)? };
     let weights = weights.unwrap_or_else(|| Arc::new(Seeded::new(&module, args.seed)));
     let engine = super::engine(&args.machine)?;
     let mut unit = Unit::new(module, weights);
@@ -131,6 +133,10 @@ pub(crate) fn run(args: &OptArgs, ui: &Ui) -> Result<(), Failure> {
             None => return Err(Failure::usage(format!("there is no function @{name}"))),
         },
     };
-    ui.out(text.trim_end());
+    if ui.json() {
+        ui.object(&serde_json::json!({ "ir": text }));
+    } else {
+        ui.out(text.trim_end());
+    }
     Ok(())
 }

@@ -47,7 +47,14 @@ pub(crate) fn run(args: &PassesArgs, ui: &Ui) -> Result<(), Failure> {
         ui.out(&format!("{name}\n  {summary}"));
         let rows: Vec<Vec<String>> = options
             .iter()
-            .map(|o| vec![format!("    {}", o.name), o.kind.to_owned(), format!("[{}]", o.default), o.help.to_owned()])
+            .map(|o| {
+                vec![
+                    format!("    {}", o.name),
+                    o.kind.to_owned(),
+                    format!("[{}]", o.default),
+                    o.help.to_owned(),
+                ]
+            })
             .collect();
         if !rows.is_empty() {
             let text = table(&["", "", "", ""], &rows);
@@ -85,7 +92,8 @@ pub(crate) fn markdown() -> String {
     };
     for p in &PRESETS {
         s += &format!("\n### `{}`\n\n{}.\n", p.name, p.summary);
-        let expanded = qrmc_passes::parse_pipeline(p.name).ok().and_then(|p| qrmc_passes::expand_presets(&p).ok());
+        let expanded =
+            qrmc_passes::parse_pipeline(p.name).ok().and_then(|p| qrmc_passes::expand_presets(&p).ok());
         if let Some(e) = expanded {
             s += "\nIt stands for:\n\n```\n";
             for c in &e.0 {
@@ -118,6 +126,10 @@ pub(crate) fn targets(ui: &Ui) -> Result<(), Failure> {
         qrmc_lowering::TARGETS.iter().map(|t| vec![t.name().to_owned(), t.summary().to_owned()]).collect();
     ui.out(&table(&["target", ""], &rows));
     let engine = qrmc_runtime::engine::CpuEngine::new(1)?;
-    ui.out(&format!("\nthis machine: cpu with {} kernels, {} threads", engine.isa(), crate::settings::default_threads()));
+    ui.out(&format!(
+        "\nthis machine: cpu with {} kernels, {} threads",
+        engine.isa(),
+        crate::settings::default_threads()
+    ));
     Ok(())
 }

@@ -16,7 +16,7 @@ use crate::model::{self, Model};
 use crate::ui::Ui;
 
 /// Tokens that run through a layer at a time; see `qrmc_passes`.
-const BATCH_TOKENS: u64 = 2048;
+const BATCH_TOKENS: u64 = 1024;
 
 /// What a compile will need.
 #[derive(Clone, Copy, Debug)]
@@ -48,9 +48,17 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     } else {
         ui.out(&format!("passes   {}", settings.pipeline));
         if let Some(c) = &settings.calib {
-            ui.out(&format!("text     {} windows of {} tokens from {}", c.nsamples, c.seqlen, c.path.display()));
+            ui.out(&format!(
+                "text     {} windows of {} tokens from {}",
+                c.nsamples,
+                c.seqlen,
+                c.path.display()
+            ));
         }
-        ui.out(&format!("memory   {} private at most; the source is mapped beside it", show_bytes(needs.memory)));
+        ui.out(&format!(
+            "memory   {} private at most; the source is mapped beside it",
+            show_bytes(needs.memory)
+        ));
         ui.out(&format!("disk     {}", show_bytes(needs.disk)));
         ui.out(&format!("products {:.1} TFLOP", needs.flops / 1e12));
         ui.out(&format!("time     about {}", super::summary::show_time(needs.seconds)));
@@ -74,7 +82,12 @@ pub(crate) fn within(needs: &Needs, granted: Option<u64>) -> Result<(), Failure>
 fn shape_after(model: &Model, pipeline: &Pipeline) -> Result<Module, Failure> {
     let mut module = model.module.clone();
     let shapes = Pipeline(
-        pipeline.0.iter().filter(|c| ["fuse-norm", "annotate", "rtn"].contains(&c.name.as_str())).cloned().collect(),
+        pipeline
+            .0
+            .iter()
+            .filter(|c| ["fuse-norm", "annotate", "rtn"].contains(&c.name.as_str()))
+            .cloned()
+            .collect(),
     );
     let mut unit = qrmc_passes::Unit::new(module.clone(), model.weights.clone());
     let mut silent = super::opt::Silent;
@@ -86,7 +99,12 @@ fn shape_after(model: &Model, pipeline: &Pipeline) -> Result<Module, Failure> {
         source_key: String::new(),
         report: &mut silent,
     };
-    qrmc_passes::Manager { check: false, seed: 0, after: &mut |_, _| {} }.run(&mut unit, &shapes, &mut cx)?;
+    let mut manager = qrmc_passes::Manager { check: false, seed: 0, after: &mut |_, _| {} };
+    manager.run(&mut unit, &shapes, &mut cx).map_err(|e| match e {
+        // Which of these passes it was says nothing about the pipeline that was asked for.
+        qrmc_passes::PipelineError::Pass { error, .. } => error.into(),
+        other => Failure::from(other),
+    })?;
     std::mem::swap(&mut module, &mut unit.module);
     Ok(module)
 }
@@ -99,16 +117,20 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
     let f = &module.facts;
     let weights: u64 = f.layers * layer_weights(&module);
     let rate = measure_rate(engine);
-    let mut memory = plan.peak_bytes();
+    let owned = model.format.starts_with("GGUF");
+    let mut memory = plan.peak_bytes(owned);
     let mut flops = 0.0;
     if let Some(c) = &s.calib {
         let tokens = (c.nsamples * c.seqlen) as u64;
         memory = memory.max(calibration_bytes(&module, tokens));
         flops += calibration_flops(&module, &s.pipeline, tokens, c.seqlen as u64);
     }
-    if s.check && s.pipeline.0.iter().any(|c| ["scale", "place-transforms", "fuse-norm"].contains(&c.name.as_str())) {
+    if s.check
+        && s.pipeline.0.iter().any(|c| ["scale", "place-transforms", "fuse-norm"].contains(&c.name.as_str()))
+    {
         // One layer or the head as floats at a time.
-        memory = memory.max((layer_weights(&module) * 4).max(f.vocab * f.hidden * 2) + layer_weights(&module) * 4);
+        memory =
+            memory.max((layer_weights(&module) * 4).max(f.vocab * f.hidden * 2) + layer_weights(&module) * 4);
         flops += 4.0 * 2.0 * 32.0 * weights as f64;
     }
     let disk: u64 = plan.tensors().iter().map(qrmc_lowering::artefact::TensorPlan::bytes).sum();
@@ -116,7 +138,12 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
     let rounding = weights as f64 / (1.2e8 * engine.threads() as f64);
     let source: u64 = module_bytes(&model.module);
     let seconds = flops / rate + rounding + 2.0 * source as f64 / 2e9;
-    Ok(Needs { memory: memory + private_bytes() + (16 << 20), disk: disk + side_bytes(model), flops, seconds })
+    Ok(Needs {
+        memory: memory + private_bytes() + (16 << 20),
+        disk: disk + side_bytes(model),
+        flops,
+        seconds,
+    })
 }
 
 /// Checks that the disk of the output has room.
@@ -125,7 +152,12 @@ pub(crate) fn check_disk(path: &std::path::Path, need: u64) -> Result<(), Failur
     if free < need {
         return Err(Failure::new(
             FAILURE,
-            format!("{} has {} free, the output needs {}", path.display(), show_bytes(free), show_bytes(need)),
+            format!(
+                "{} has {} free, the output needs {}",
+                path.display(),
+                show_bytes(free),
+                show_bytes(need)
+            ),
         )
         .hint("choose an output on another disk with -o"));
     }
@@ -177,7 +209,8 @@ fn calibration_flops(m: &Module, pipeline: &Pipeline, tokens: u64, seqlen: u64) 
     for c in &pipeline.0 {
         let per_layer = match c.name.as_str() {
             "scale" => {
-                let grid = c.options.iter().find(|(k, _)| k == "grid").and_then(|(_, v)| v.to_string().parse().ok());
+                let grid =
+                    c.options.iter().find(|(k, _)| k == "grid").and_then(|(_, v)| v.to_string().parse().ok());
                 let grid: f64 = grid.unwrap_or(20.0);
                 let attn = 2.0 * t * h * (2.0 * q + 2.0 * kv) + attention;
                 let mlp = 2.0 * t * 3.0 * h * i;
@@ -207,4 +240,3 @@ fn measure_rate(engine: &CpuEngine) -> f64 {
         4.0 * 2.0 * (n * n * n) as f64 / start.elapsed().as_secs_f64().max(1e-9)
     })
 }
-

@@ -65,7 +65,8 @@ pub(crate) fn pipeline(texts: &[String]) -> Result<Pipeline, Failure> {
     let mut all = Pipeline::default();
     for text in texts {
         let p = parse_pipeline(text).map_err(|e| {
-            Failure::usage(e.to_string()).hint("example: --pass 'awq{bits=4,group=64}' or --pass awq:bits=4,group=64")
+            Failure::usage(e.to_string())
+                .hint("example: --pass 'awq{bits=4,group=64}' or --pass awq:bits=4,group=64")
         })?;
         all.0.extend(p.0);
     }
@@ -105,10 +106,13 @@ impl Settings {
             (given, _) => given.to_vec(),
         };
         let pipeline = pipeline(&texts)?;
-        let target = args.target.clone();
+        let target =
+            args.target.clone().or(recipe.as_ref().map(|r| r.target.clone())).unwrap_or_else(|| "cpu".into());
         if !qrmc_lowering::TARGETS.iter().any(|t| t.name() == target) {
             let known = qrmc_lowering::TARGETS.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
-            return Err(Failure::usage(format!("there is no target `{target}`")).hint(format!("targets: {known}")));
+            return Err(
+                Failure::usage(format!("there is no target `{target}`")).hint(format!("targets: {known}"))
+            );
         }
         let seed = args.seed.or(recipe.as_ref().map(|r| r.seed)).unwrap_or(0);
         let check = !args.no_check && recipe.as_ref().is_none_or(|r| r.check);
@@ -143,8 +147,11 @@ impl Settings {
 
     /// The output folder when none is named: the model and what is done to it.
     pub(crate) fn default_output(&self, model: &Model) -> PathBuf {
-        let clean: String =
-            self.label.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect();
+        let clean: String = self
+            .label
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
+            .collect();
         let label = clean.split('-').filter(|s| !s.is_empty()).collect::<Vec<_>>().join("-");
         PathBuf::from(format!("{}-{label}", model.name()))
     }
@@ -161,18 +168,22 @@ fn calibration(
     let path = args.calib.clone().or_else(|| from.map(|c| c.path.clone())).or_else(shipped);
     let Some(path) = path else {
         return Err(Failure::usage("this pipeline needs calibration text")
-            .hint("give some with --calib PATH: a txt, jsonl or parquet file, or a data set folder such as wikitext"));
+            .hint("give some with --calib PATH: a txt, jsonl or parquet file, or a data set folder such as wikitext-2-v1"));
     };
     let kind = match (args.sampling, from.map(|c| c.sampling.as_str())) {
         (Some(k), _) => k,
         (None, Some("first")) => SamplingKind::First,
         (None, Some("random") | None) => SamplingKind::Random,
-        (None, Some(other)) => return Err(Failure::usage(format!("recipe: `{other}` is no sampling (random, first)"))),
+        (None, Some(other)) => {
+            return Err(Failure::usage(format!("recipe: `{other}` is no sampling (random, first)")));
+        }
     };
     let context = model.module.facts.context as usize;
     let seqlen = args.seqlen.or(from.map(|c| c.seqlen)).unwrap_or_else(|| SEQLEN.min(context.max(1)));
     if seqlen == 0 || seqlen > context {
-        return Err(Failure::usage(format!("--seqlen {seqlen}: windows have 1 to {context} tokens for this model")));
+        return Err(Failure::usage(format!(
+            "--seqlen {seqlen}: windows have 1 to {context} tokens for this model"
+        )));
     }
     let nsamples = args.nsamples.or(from.map(|c| c.nsamples)).unwrap_or(NSAMPLES);
     if nsamples == 0 {

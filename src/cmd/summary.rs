@@ -93,7 +93,11 @@ impl Summary {
         let stored: u64 = m.tensors.values().map(|t| t.bytes).sum();
         ui.out(&format!("{} -> {}/", self.model, self.output));
         if weights > 0.0 {
-            ui.out(&format!("  bits per weight  {:.3} over {:.1} M quantized weights", bits / weights, weights / 1e6));
+            ui.out(&format!(
+                "  bits per weight  {:.3} over {:.1} M quantized weights",
+                bits / weights,
+                weights / 1e6
+            ));
         }
         let share = 100.0 * stored as f64 / self.source_bytes.max(1) as f64;
         ui.out(&format!(
@@ -116,7 +120,10 @@ impl Summary {
         self.show_losses(ui);
         ui.out("next:");
         if self.fake {
-            ui.out(&format!("  load {}/ with transformers: it is an ordinary checkpoint in bf16", self.output));
+            ui.out(&format!(
+                "  load {}/ with transformers: it is an ordinary checkpoint in bf16",
+                self.output
+            ));
             return;
         }
         ui.out(&format!("  qrmc eval {} --task wikitext2 --against {}", self.output, self.model));
@@ -157,7 +164,9 @@ impl Summary {
                 .map(|i| {
                     let cell = |what: &&str| {
                         let l = of.iter().find(|l| l.layer == i && l.what == **what);
-                        l.map_or(String::new(), |l| format!("{:.3e} ({:.0} %)", l.after, 100.0 * l.after / l.before))
+                        l.map_or(String::new(), |l| {
+                            format!("{:.3e} ({:.0} %)", l.after, 100.0 * l.after / l.before)
+                        })
                     };
                     std::iter::once(i.to_string()).chain(whats.iter().map(cell)).collect()
                 })
@@ -165,7 +174,9 @@ impl Summary {
             if rows.is_empty() {
                 continue;
             }
-            ui.out(&format!("{pass}: squared error of the output, and its share of rounding to nearest alone"));
+            ui.out(&format!(
+                "{pass}: squared error of the output, and its share of rounding to nearest alone"
+            ));
             let mut head = vec!["layer"];
             head.extend(&whats);
             ui.out(&table(&head, &rows));

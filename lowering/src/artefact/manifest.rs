@@ -14,7 +14,7 @@ pub struct SourceInfo {
     pub name: String,
     /// `Hugging Face folder`, `GGUF v3`.
     pub format: String,
-    /// BLAKE3 over the contents of the weight files, in order.
+    /// BLAKE3 over the BLAKE3 hashes of the weight files, in order, and the bytes of `config.json`.
     pub hash: String,
 }
 

@@ -48,7 +48,10 @@ impl Artefact {
     /// The first thing that is missing or altered, by name.
     pub fn open(
         path: &Path,
-        spread: &dyn Fn(usize, &(dyn Fn(usize) -> Result<(), ArtefactError> + Sync)) -> Result<(), ArtefactError>,
+        spread: &dyn Fn(
+            usize,
+            &(dyn Fn(usize) -> Result<(), ArtefactError> + Sync),
+        ) -> Result<(), ArtefactError>,
     ) -> Result<Self, ArtefactError> {
         let text = read_text(&path.join("manifest.json"))?;
         let manifest_path = path.join("manifest.json");
@@ -57,24 +60,32 @@ impl Artefact {
         })?;
         if manifest.format != FORMAT {
             let what = format!("format {}; this qrmc reads {FORMAT}", manifest.format);
-            return Err(ArtefactError::new(&manifest_path, what).hint("use the qrmc that wrote it, or compile again"));
+            return Err(
+                ArtefactError::new(&manifest_path, what).hint("use the qrmc that wrote it, or compile again")
+            );
         }
         for (name, hash) in &manifest.files {
+            plain_name(path, name)?;
             let file = path.join(name);
-            let bytes = std::fs::read(&file).map_err(|e| missing(&file, &e))?;
-            if blake3::hash(&bytes).to_hex().as_str() != hash {
+            let bytes = File::open(&file).map_err(|e| missing(&file, &e))?;
+            let mut hasher = blake3::Hasher::new();
+            hasher.update_reader(bytes).map_err(|e| missing(&file, &e))?;
+            if hasher.finalize().to_hex().as_str() != hash {
                 return Err(altered(&file, "this file"));
             }
         }
         let qir = path.join("model.qir");
         if !manifest.files.contains_key("model.qir") {
-            return Err(ArtefactError::new(&manifest_path, "lists no model.qir").hint("compile the model again"));
+            return Err(
+                ArtefactError::new(&manifest_path, "lists no model.qir").hint("compile the model again")
+            );
         }
         let module = parse(&read_text(&qir)?).map_err(|d| ArtefactError::new(&qir, d.to_string()))?;
         if let Err(faults) = verify(&module) {
             return Err(ArtefactError::new(&qir, faults[0].to_string()));
         }
-        let mut a = Artefact { path: path.to_owned(), manifest, module, tensors: HashMap::new(), maps: Vec::new() };
+        let mut a =
+            Artefact { path: path.to_owned(), manifest, module, tensors: HashMap::new(), maps: Vec::new() };
         a.map_tensors()?;
         a.check_declared()?;
         let names: Vec<&String> = a.manifest.tensors.keys().collect();
@@ -96,9 +107,7 @@ impl Artefact {
         files.dedup();
         let mut found = HashMap::new();
         for (i, file) in files.iter().enumerate() {
-            if file.contains(['/', '\\']) || file.starts_with('.') {
-                return Err(ArtefactError::new(&self.path, format!("manifest.json names the file `{file}`")));
-            }
+            plain_name(&self.path, file)?;
             let path = self.path.join(file);
             let map = map_file(&path)?;
             for (name, from, to) in entries(&path, &map)? {
@@ -108,14 +117,16 @@ impl Artefact {
         }
         for (name, info) in &self.manifest.tensors {
             let path = self.path.join(&info.file);
-            let ty = parse_type(&info.ty)
-                .map_err(|d| ArtefactError::new(&self.path, format!("manifest.json, tensor `{name}`: {}", d.message)))?;
+            let ty = parse_type(&info.ty).map_err(|d| {
+                ArtefactError::new(&self.path, format!("manifest.json, tensor `{name}`: {}", d.message))
+            })?;
             let Some(&(map, from, to)) = found.get(name) else {
                 return Err(ArtefactError::new(&path, format!("tensor `{name}` is missing"))
                     .hint("the manifest lists it; copy the folder again or compile again"));
             };
             if ty.bytes() != Some(to - from) || info.bytes != (to - from) as u64 {
-                let what = format!("tensor `{name}` has {} bytes, the manifest says {}", to - from, info.bytes);
+                let what =
+                    format!("tensor `{name}` has {} bytes, the manifest says {}", to - from, info.bytes);
                 return Err(ArtefactError::new(&path, what).hint("copy the folder again or compile again"));
             }
             self.tensors.insert(name.clone(), Stored { ty, map, from, to });
@@ -155,6 +166,15 @@ impl WeightSource for Artefact {
     }
 }
 
+/// Refuses names that lead out of the folder.
+fn plain_name(folder: &Path, name: &str) -> Result<(), ArtefactError> {
+    if name.contains(['/', '\\']) || name.starts_with('.') || name.is_empty() {
+        return Err(ArtefactError::new(folder, format!("manifest.json names the file `{name}`"))
+            .hint("the files of an artefact lie in its own folder"));
+    }
+    Ok(())
+}
+
 fn read_text(path: &Path) -> Result<String, ArtefactError> {
     let meta = std::fs::metadata(path).map_err(|e| missing(path, &e))?;
     if meta.len() > TEXT_LIMIT {
@@ -165,7 +185,8 @@ fn read_text(path: &Path) -> Result<String, ArtefactError> {
 }
 
 fn missing(path: &Path, e: &std::io::Error) -> ArtefactError {
-    ArtefactError::io(path, "read", e).hint("a part of the artefact is missing; copy the folder again or compile again")
+    ArtefactError::io(path, "read", e)
+        .hint("a part of the artefact is missing; copy the folder again or compile again")
 }
 
 fn altered(path: &Path, what: &str) -> ArtefactError {

@@ -101,7 +101,8 @@ impl ShardWriter {
         let path = self.folder.join(&file);
         let planned = self.shards.get(self.shard).and_then(|s| s.get(self.next));
         if planned.is_none_or(|p| p.name != name || p.bytes() != bytes.len() as u64) {
-            let want = planned.map_or("nothing".to_owned(), |p| format!("`{}` of {} bytes", p.name, p.bytes()));
+            let want =
+                planned.map_or("nothing".to_owned(), |p| format!("`{}` of {} bytes", p.name, p.bytes()));
             let what = format!("`{name}` of {} bytes stands where {want} was planned", bytes.len());
             return Err(ArtefactError::new(&path, what));
         }
@@ -110,7 +111,8 @@ impl ShardWriter {
             None => {
                 let f = File::create(&path).map_err(|e| ArtefactError::io(&path, "create", &e))?;
                 let mut out = BufWriter::with_capacity(1 << 20, f);
-                out.write_all(&header(&self.shards[self.shard])).map_err(|e| ArtefactError::io(&path, "write", &e))?;
+                out.write_all(&header(&self.shards[self.shard]))
+                    .map_err(|e| ArtefactError::io(&path, "write", &e))?;
                 self.out.insert(out)
             }
         };
@@ -132,8 +134,13 @@ impl ShardWriter {
     /// If a planned tensor was not written, or the file cannot be written.
     pub fn finish(mut self) -> Result<(), ArtefactError> {
         self.close()?;
-        let written = self.shard + 1 >= self.shards.len() && self.shards.last().is_none_or(|s| s.len() == self.next);
-        if written { Ok(()) } else { Err(ArtefactError::new(&self.folder, "planned tensors were not written")) }
+        let written =
+            self.shard + 1 >= self.shards.len() && self.shards.last().is_none_or(|s| s.len() == self.next);
+        if written {
+            Ok(())
+        } else {
+            Err(ArtefactError::new(&self.folder, "planned tensors were not written"))
+        }
     }
 }
 

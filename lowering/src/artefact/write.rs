@@ -15,6 +15,8 @@ use super::{ArtefactError, FORMAT};
 pub struct Output {
     target: PathBuf,
     partial: PathBuf,
+    /// Held while this output is in the making.
+    _lock: std::fs::File,
 }
 
 impl Output {
@@ -24,7 +26,9 @@ impl Output {
     /// If the target holds something that is not this kind of output (`ours` tells), or nothing can be written beside it.
     pub fn prepare(target: &Path, ours: impl Fn(&Path) -> bool) -> Result<Self, ArtefactError> {
         let Some(name) = target.file_name() else {
-            return Err(ArtefactError::new(target, "is no name for an output folder").hint("give a folder with -o"));
+            return Err(
+                ArtefactError::new(target, "is no name for an output folder").hint("give a folder with -o")
+            );
         };
         if target.exists() {
             let empty = std::fs::read_dir(target).is_ok_and(|mut d| d.next().is_none());
@@ -37,6 +41,15 @@ impl Output {
         partial.push(".partial");
         let partial = target.with_file_name(partial);
         let new = partial.join("new");
+        let lock = || {
+            std::fs::create_dir_all(&partial)?;
+            std::fs::File::create(partial.join("lock"))
+        };
+        let lock = lock().map_err(|e| ArtefactError::io(&partial, "write beside the output", &e))?;
+        if let Err(std::fs::TryLockError::WouldBlock) = lock.try_lock() {
+            return Err(ArtefactError::new(&partial, "another qrmc is writing this output")
+                .hint("wait for it, or choose another folder with -o"));
+        }
         let make = || -> std::io::Result<()> {
             if new.exists() {
                 std::fs::remove_dir_all(&new)?;
@@ -48,7 +61,7 @@ impl Output {
             std::fs::remove_file(&probe)
         };
         make().map_err(|e| ArtefactError::io(&partial, "write beside the output", &e))?;
-        Ok(Output { target: target.to_owned(), partial })
+        Ok(Output { target: target.to_owned(), partial, _lock: lock })
     }
 
     /// Where the new files go.
@@ -125,7 +138,12 @@ impl<'a> ArtefactWriter<'a> {
     pub fn tensor(&mut self, name: &str, bytes: &[u8]) -> Result<(), ArtefactError> {
         let file = self.shards.write(name, bytes)?;
         let ty = self.types.get(name).map(ToString::to_string).unwrap_or_default();
-        let info = TensorInfo { ty, file, bytes: bytes.len() as u64, hash: blake3::hash(bytes).to_hex().to_string() };
+        let info = TensorInfo {
+            ty,
+            file,
+            bytes: bytes.len() as u64,
+            hash: blake3::hash(bytes).to_hex().to_string(),
+        };
         self.tensors.insert(name.to_owned(), info);
         Ok(())
     }
@@ -149,7 +167,8 @@ impl<'a> ArtefactWriter<'a> {
             return Ok(());
         }
         let total: u64 = self.tensors.values().map(|t| t.bytes).sum();
-        let map: BTreeMap<&str, &str> = self.tensors.iter().map(|(n, t)| (n.as_str(), t.file.as_str())).collect();
+        let map: BTreeMap<&str, &str> =
+            self.tensors.iter().map(|(n, t)| (n.as_str(), t.file.as_str())).collect();
         let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": map });
         self.file("model.safetensors.index.json", format!("{index:#}\n").as_bytes())
     }
@@ -158,7 +177,12 @@ impl<'a> ArtefactWriter<'a> {
     ///
     /// # Errors
     /// If a planned tensor is missing or the file cannot be written.
-    pub fn finish(self, qrmc: &str, source: SourceInfo, pipeline: Vec<String>) -> Result<Manifest, ArtefactError> {
+    pub fn finish(
+        self,
+        qrmc: &str,
+        source: SourceInfo,
+        pipeline: Vec<String>,
+    ) -> Result<Manifest, ArtefactError> {
         self.shards.finish()?;
         let manifest = Manifest {
             format: FORMAT,
@@ -175,4 +199,3 @@ impl<'a> ArtefactWriter<'a> {
         Ok(manifest)
     }
 }
-

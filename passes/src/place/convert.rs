@@ -44,7 +44,9 @@ pub(crate) fn to_egraph(f: &Func) -> Skeleton {
                 (Op::Binary(BinaryOp::Sub), &[a, b]) => Lin::Sub([a, b]),
                 (Op::Binary(BinaryOp::Mul), &[a, b]) => Lin::Mul([a, b]),
                 (Op::Binary(BinaryOp::Div), &[a, b]) => Lin::Div([a, b]),
-                (Op::MatMul { trans_b: true }, &[x, w]) if f.ty(node.ins[1]).shape.rank() == 2 => Lin::Linear([x, w]),
+                (Op::MatMul { trans_b: true }, &[x, w]) if f.ty(node.ins[1]).shape.rank() == 2 => {
+                    Lin::Linear([x, w])
+                }
                 // Attributes are leaves of their own, so that a rule can carry them over.
                 (Op::RmsNorm(_), &[x, gain]) => Lin::Norm([attribute(&mut g, f, at), x, gain]),
                 (Op::Attention(_), &[q, k, v]) => Lin::Attn([attribute(&mut g, f, at), q, k, v]),
@@ -168,7 +170,9 @@ impl Rebuild<'_> {
                 let results: Vec<(Lin, ValueId)> = outs
                     .iter()
                     .enumerate()
-                    .map(|(k, &v)| (Lin::Other(Key { result: k as u32, ..key.clone() }, self.children(id)), v))
+                    .map(|(k, &v)| {
+                        (Lin::Other(Key { result: k as u32, ..key.clone() }, self.children(id)), v)
+                    })
                     .collect();
                 for (lin, v) in results {
                     if let Some(class) = self.g.lookup(lin) {

@@ -33,7 +33,8 @@ fn own_cost(g: &EGraph<Lin, Facts>, id: Id, node: &Lin) -> Cost {
     } else {
         match node {
             Lin::Linear([x, _]) => {
-                let inner = g[*x].data.ty.as_ref().and_then(|t| t.shape.last()).and_then(Dim::fixed).unwrap_or(1);
+                let inner =
+                    g[*x].data.ty.as_ref().and_then(|t| t.shape.last()).and_then(Dim::fixed).unwrap_or(1);
                 2.0 * elements(out.ty.as_ref()) * inner as f64
             }
             Lin::Add(_) | Lin::Sub(_) | Lin::Mul(_) | Lin::Div(_) => elements(out.ty.as_ref()),

@@ -132,7 +132,7 @@ fn tile(m: usize, n: usize) -> (usize, usize) {
         |len: usize, most: usize, to: usize| len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(to);
     let (mut tm, mut tn) = (even(m, 2048, 8), if n <= 640 { n } else { even(n, 512, 64) });
     // A handful of threads should find work.
-    while m.div_ceil(tm) * n.div_ceil(tn) < 6 {
+    while m.div_ceil(tm) * n.div_ceil(tn) < 4 {
         if tm >= 1024 || tm >= 256 && tn < 192 {
             tm = even(tm, tm.div_ceil(2), 8);
         } else if tn >= 192 {

@@ -78,10 +78,14 @@ pub(super) fn load(
         .iter()
         .map(|(c, ty)| match *c {
             Const::Weight(w) => stored(names[w as usize], weights),
-            Const::Derived(n) => Ok(Constant::Tensor(match derived.get_mut(n as usize).and_then(Option::take) {
-                Some(t) => t,
-                None => return Err(EngineError::System(format!("constant {n} of {} is lost", program.name))),
-            })),
+            Const::Derived(n) => {
+                Ok(Constant::Tensor(match derived.get_mut(n as usize).and_then(Option::take) {
+                    Some(t) => t,
+                    None => {
+                        return Err(EngineError::System(format!("constant {n} of {} is lost", program.name)));
+                    }
+                }))
+            }
             Const::Packed { codes, scale, zero } => {
                 let name = names[codes as usize];
                 let raw = weights.raw(name)?;
@@ -135,10 +139,7 @@ fn stored(name: &str, weights: &dyn WeightSource) -> Result<Constant, EngineErro
         return Err(WeightError::new(name, "its shape is not fixed").into());
     };
     if let Elem::F16 | Elem::BF16 = elem {
-        // Infinity and NaN have all exponent bits set.
-        let exponent = if elem == Elem::F16 { 0x7C00 } else { 0x7F80 };
-        let bad = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]) & exponent == exponent;
-        finite(name, raw.bytes.chunks_exact(2).position(bad))?;
+        finite(name, elem.find_non_finite(&raw.bytes))?;
         return Ok(Constant::Half { elem, shape, bytes: raw.bytes.into_owned() });
     }
     drop(raw);

@@ -1,57 +1,12 @@
 //! Running a program: operands are found, kernels called, results taken out.
 
-use qrmc_ir::{Data, Diag, Dim, DimEnv, Elem, EngineError, Op, Place, Sym, Tensor, TensorType};
+use qrmc_ir::{Data, Diag, Dim, DimEnv, EngineError, Op, Place, Sym, Tensor, TensorType};
 use qrmc_lowering::{Arg, Kernel, Step};
 
 use super::consts::Constant;
+use super::memory::{KvCache, empty, grown};
 use super::{Loaded, prims, quantize};
 use crate::cpu::{self, AttnShape, Rows};
-
-/// Keys or values of all positions so far, with room for more: `[batch, capacity, width]`.
-#[derive(Debug)]
-pub struct KvCache {
-    data: Vec<f32>,
-    batch: usize,
-    capacity: usize,
-    width: usize,
-    len: usize,
-}
-
-impl KvCache {
-    /// Room for `capacity` positions of `width` elements for each sequence.
-    pub fn new(batch: usize, capacity: usize, width: usize) -> Self {
-        KvCache { data: vec![0.0; batch * capacity * width], batch, capacity, width, len: 0 }
-    }
-
-    /// Positions held.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Forgets all positions from `len` on.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-    }
-
-    fn append(&mut self, new: &[f32], seq: usize) -> Result<(), EngineError> {
-        if self.len + seq > self.capacity {
-            let (have, room) = (self.len + seq, self.capacity);
-            return Err(EngineError::System(format!("{have} positions do not fit a cache of {room}")));
-        }
-        for b in 0..self.batch {
-            let at = (b * self.capacity + self.len) * self.width;
-            let rows = &new[b * seq * self.width..(b + 1) * seq * self.width];
-            self.data[at..at + rows.len()].copy_from_slice(rows);
-        }
-        self.len += seq;
-        Ok(())
-    }
-}
 
 /// An argument.
 pub enum Input<'a> {
@@ -89,10 +44,12 @@ impl<'a> In<'a> {
     /// Floats of any storage; 16-bit and packed constants are widened, which is fit for small operands only.
     pub(super) fn widened(&self) -> Result<std::borrow::Cow<'a, [f32]>, EngineError> {
         match self.data {
-            Slice::Const(c @ (Constant::Half { .. } | Constant::Packed { .. })) => match c.tensor().into_data() {
-                Data::F32(v) => Ok(v.into()),
-                _ => Err(wrong_kind()),
-            },
+            Slice::Const(c @ (Constant::Half { .. } | Constant::Packed { .. })) => {
+                match c.tensor().into_data() {
+                    Data::F32(v) => Ok(v.into()),
+                    _ => Err(wrong_kind()),
+                }
+            }
             _ => self.f32().map(Into::into),
         }
     }
@@ -138,20 +95,13 @@ fn slice(d: &Data) -> Result<Slice<'_>, EngineError> {
     })
 }
 
-pub(super) fn empty(elem: Elem, len: usize) -> Data {
-    match elem {
-        Elem::I32 => Data::I32(vec![0; len]),
-        Elem::I8 => Data::I8(vec![0; len]),
-        Elem::U8 => Data::U8(vec![0; len]),
-        _ => Data::F32(vec![0.0; len]),
-    }
-}
-
 /// The values of the symbols, from the arguments.
 fn bind(loaded: &Loaded, args: &[Input<'_>]) -> Result<DimEnv, EngineError> {
     let program = loaded.program();
     let fault = |m: String| {
-        EngineError::Ir(Diag::new("Q0402", m).at(Place { func: Some(program.name.clone()), ..Place::default() }))
+        EngineError::Ir(
+            Diag::new("Q0402", m).at(Place { func: Some(program.name.clone()), ..Place::default() }),
+        )
     };
     if args.len() != program.params.len() {
         return Err(fault(format!("{} arguments for {} parameters", args.len(), program.params.len())));
@@ -181,15 +131,17 @@ fn bind(loaded: &Loaded, args: &[Input<'_>]) -> Result<DimEnv, EngineError> {
 pub(super) fn run(loaded: &Loaded, args: &mut [Input<'_>]) -> Result<Vec<Tensor>, EngineError> {
     let dims = bind(loaded, args)?;
     let program = &loaded.program;
-    let mut state = State { loaded, dims, args, buffers: Vec::new(), cached: vec![None; program.buffers.len()] };
+    let mut state =
+        State { loaded, dims, args, buffers: Vec::new(), cached: vec![None; program.buffers.len()] };
     state.buffers = program.buffers.iter().map(|b| empty(b.elem, 0)).collect();
     let mut lens: Vec<usize> = program.buffers.iter().map(|b| b.len(&dims)).collect();
+    loaded.machine.spare.keep(&lens);
     for step in &program.steps {
         for (b, _) in &step.outs {
             let (b, len) = (*b as usize, &mut lens[*b as usize]);
             // Buffers come to life at their first use.
             if *len > 0 {
-                state.buffers[b] = empty(program.buffers[b].elem, *len);
+                state.buffers[b] = loaded.machine.spare.take(program.buffers[b].elem, *len);
                 *len = 0;
             }
         }
@@ -197,7 +149,9 @@ pub(super) fn run(loaded: &Loaded, args: &mut [Input<'_>]) -> Result<Vec<Tensor>
     }
     let results = program.results.iter().enumerate();
     let last_use = |i: usize, a: Arg| !program.results[i + 1..].iter().any(|(b, _)| *b == a);
-    results.map(|(i, (arg, ty))| state.result(*arg, ty, last_use(i, *arg))).collect()
+    let results = results.map(|(i, (arg, ty))| state.result(*arg, ty, last_use(i, *arg))).collect();
+    loaded.machine.spare.give(state.buffers);
+    results
 }
 
 struct State<'a, 'i> {
@@ -299,7 +253,8 @@ impl State<'_, '_> {
         let mut inputs: Vec<Input<'_>> = tensors.iter().map(Input::Tensor).collect();
         let results = self.loaded.calls[&f].run_inputs(&mut inputs)?;
         for ((b, _), t) in step.outs.iter().zip(results) {
-            self.buffers[*b as usize] = t.into_data();
+            let len = self.loaded.program.buffers[*b as usize].len(&self.dims);
+            self.buffers[*b as usize] = grown(t.into_data(), len);
         }
         Ok(())
     }
@@ -343,7 +298,12 @@ impl State<'_, '_> {
         }
         let x = self.operand(arg, ty)?;
         let width = x.shape[2];
-        Ok(Rows { data: x.f32()?, batch_stride: x.shape[1] * width, row_stride: width, head_stride: head_dim })
+        Ok(Rows {
+            data: x.f32()?,
+            batch_stride: x.shape[1] * width,
+            row_stride: width,
+            head_stride: head_dim,
+        })
     }
 
     fn kernel(&self, step: &Step, outs: &mut [(Vec<usize>, Data)]) -> Result<(), EngineError> {

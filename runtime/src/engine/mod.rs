@@ -2,6 +2,7 @@
 
 mod consts;
 mod exec;
+mod memory;
 mod prims;
 mod quantize;
 
@@ -16,13 +17,15 @@ use qrmc_lowering::{Cpu, Kernel, Program, lower_func, weight_order};
 use crate::cpu::{Isa, Pool, Scratch};
 use consts::Constant;
 
-pub use exec::{Input, KvCache};
+pub use exec::Input;
+pub use memory::KvCache;
 
 /// What all programs of an engine share.
 struct Machine {
     pool: Pool,
     isa: Isa,
     scratch: Scratch,
+    spare: memory::Spare,
 }
 
 /// Runs functions on the CPU.
@@ -38,7 +41,12 @@ impl CpuEngine {
     /// If the system refuses the threads.
     pub fn new(threads: usize) -> Result<Self, EngineError> {
         let pool = Pool::new(threads).map_err(|e| EngineError::System(e.to_string()))?;
-        let machine = Arc::new(Machine { pool, isa: Isa::detect(), scratch: Scratch::new() });
+        let machine = Arc::new(Machine {
+            pool,
+            isa: Isa::detect(),
+            scratch: Scratch::new(),
+            spare: memory::Spare::default(),
+        });
         Ok(CpuEngine { machine, programs: Mutex::default() })
     }
 
@@ -59,6 +67,10 @@ impl CpuEngine {
 
     /// Lowers a function, or finds the program of one with the same structure.
     fn program(&self, module: &Module, func: &Func) -> Result<Arc<Program>, EngineError> {
+        // A call names a function of its module, which the structure does not tell apart.
+        if func.nodes.iter().any(|n| matches!(n.op, Op::Call(_))) {
+            return Ok(Arc::new(lower_func(module, func, &Cpu)?));
+        }
         let key = structural_hash(module, func);
         let mut programs = self.programs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(p) = programs.get(&key) {
@@ -73,11 +85,18 @@ impl CpuEngine {
     ///
     /// # Errors
     /// As [`Engine::prepare`].
-    pub fn load(&self, module: &Module, func: &Func, weights: &dyn WeightSource) -> Result<Loaded, EngineError> {
+    pub fn load(
+        &self,
+        module: &Module,
+        func: &Func,
+        weights: &dyn WeightSource,
+    ) -> Result<Loaded, EngineError> {
         let program = self.program(module, func)?;
         // A program is shared by structure, so the names come from this function.
-        let order: Vec<&str> =
-            weight_order(&qrmc_ir::prune(func)).iter().map(|(w, _)| module.weight(*w).name.as_str()).collect();
+        let order: Vec<&str> = weight_order(&qrmc_ir::prune(func))
+            .iter()
+            .map(|(w, _)| module.weight(*w).name.as_str())
+            .collect();
         let mut calls = HashMap::new();
         for step in &program.steps {
             if let Kernel::Op(Op::Call(f)) = step.kernel {
@@ -131,7 +150,8 @@ impl Loaded {
 
     /// Bytes that the constants take in memory.
     pub fn bytes(&self) -> usize {
-        self.consts.iter().map(Constant::bytes).sum::<usize>() + self.calls.values().map(Loaded::bytes).sum::<usize>()
+        self.consts.iter().map(Constant::bytes).sum::<usize>()
+            + self.calls.values().map(Loaded::bytes).sum::<usize>()
     }
 
     /// Runs with tensors and caches as arguments. A cache stands for the `past` operand of a `cache_append`: new rows
@@ -140,7 +160,8 @@ impl Loaded {
     /// # Errors
     /// If an argument does not fit its parameter, or a cache is full.
     pub fn run_inputs(&self, args: &mut [Input<'_>]) -> Result<Vec<Tensor>, EngineError> {
-        exec::run(self, args)
+        // Kernels that are called from a thread of the pool do not wake it again each time.
+        self.machine.pool.install(|| exec::run(self, args))
     }
 }
 

@@ -71,7 +71,9 @@ pub(super) fn run(
                 let total = dims.size(Dim::Sym(Sym::T));
                 for (i, row) in floats(out)?.chunks_mut(total.max(1)).enumerate() {
                     let see = dims.past + i + 1;
-                    row.iter_mut().enumerate().for_each(|(j, y)| *y = if j < see { 0.0 } else { f32::NEG_INFINITY });
+                    row.iter_mut()
+                        .enumerate()
+                        .for_each(|(j, y)| *y = if j < see { 0.0 } else { f32::NEG_INFINITY });
                 }
                 Ok(())
             }
@@ -111,7 +113,9 @@ pub(super) fn run(
             | Op::FakeQuant(..)
             | Op::QParams(..)
             | Op::QCast(_)
-            | Op::DCast => Err(EngineError::System(format!("`{}` reached the CPU without a kernel", op.text().0))),
+            | Op::DCast => {
+                Err(EngineError::System(format!("`{}` reached the CPU without a kernel", op.text().0)))
+            }
         },
     }
 }
@@ -253,7 +257,14 @@ fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) -> Result<(
         let at = |s: &[usize]| broadcast_index(i, lead, &s[..s.len() - 2]);
         let (ia, ib) = (at(&a.shape), at(&b.shape));
         let am = MatRef::new(&av[ia * rows * k..], rows, k);
-        cpu::matmul(&m.pool, m.isa, am, right(&bv[ib * n * k..]), &mut y[i * rows * n..(i + 1) * rows * n], n);
+        cpu::matmul(
+            &m.pool,
+            m.isa,
+            am,
+            right(&bv[ib * n * k..]),
+            &mut y[i * rows * n..(i + 1) * rows * n],
+            n,
+        );
     }
     Ok(())
 }

@@ -79,10 +79,14 @@ pub(super) fn run(
                     let q = q[from / run];
                     match codes {
                         Slice::U8(v) => {
-                            y.iter_mut().zip(&v[from..]).for_each(|(y, &c)| *y = grid::dequantize(i32::from(c), q));
+                            y.iter_mut()
+                                .zip(&v[from..])
+                                .for_each(|(y, &c)| *y = grid::dequantize(i32::from(c), q));
                         }
                         Slice::I8(v) => {
-                            y.iter_mut().zip(&v[from..]).for_each(|(y, &c)| *y = grid::dequantize(i32::from(c), q));
+                            y.iter_mut()
+                                .zip(&v[from..])
+                                .for_each(|(y, &c)| *y = grid::dequantize(i32::from(c), q));
                         }
                         _ => {}
                     }
