@@ -32,6 +32,12 @@ pub trait Engine: Sync {
         weights: &dyn WeightSource,
     ) -> Result<Box<dyn Prepared>, EngineError>;
 
+    /// An engine for comparing losses, if there is a faster one: products in it may be off by `2^-15` of the sum of the
+    /// magnitudes of their terms. Everything else is as exact, and as repeatable, as here.
+    fn coarse(&self) -> Option<&dyn Engine> {
+        None
+    }
+
     /// Prepares and runs once.
     ///
     /// # Errors

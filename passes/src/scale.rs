@@ -38,6 +38,8 @@ options! {
         scale: ScaleType = ScaleType::F32,
         /// ratios that are tried: r = 0, 1/n, .. (n-1)/n
         grid: u32 = 20,
+        /// compare losses with the engine's coarse products (2^-15) where it has some
+        coarse: bool = true,
     }
 }
 
@@ -183,7 +185,7 @@ fn search_layer(
         }
         let x_mean: Vec<f64> = sums.iter().map(|s| s / tokens.max(1) as f64).collect();
         let candidate = cx.engine.prepare(&unit.module, &candidate(o, unit, &f, e)?, &unit.weights)?;
-        let measure = Measure::new(unit, cx, &f, e, xs, references)?;
+        let measure = Measure::new(unit, cx, &f, e, xs, references, o.coarse)?;
         // Least loss, and of equal ones the first ratio's.
         let mut best: Option<(f64, u32, Vec<f32>)> = None;
         let mut plain = f64::NAN;

@@ -128,9 +128,9 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
     if s.check
         && s.pipeline.0.iter().any(|c| ["scale", "place-transforms", "fuse-norm"].contains(&c.name.as_str()))
     {
-        // One layer or the head as floats at a time.
-        memory =
-            memory.max((layer_weights(&module) * 4).max(f.vocab * f.hidden * 2) + layer_weights(&module) * 4);
+        // One layer or the head at a time; a copy of what the source had to convert stands beside it.
+        let stored = if owned { 8 } else { 2 };
+        memory = memory.max(layer_weights(&module).max(f.vocab * f.hidden) * stored + layer_weights(&module) * 4);
         flops += 4.0 * 2.0 * 32.0 * weights as f64;
     }
     let disk: u64 = plan.tensors().iter().map(qrmc_lowering::artefact::TensorPlan::bytes).sum();
@@ -190,8 +190,8 @@ fn calibration_bytes(m: &Module, tokens: u64) -> u64 {
     let f = &m.facts;
     let (h, i) = (f.hidden, f.intermediate);
     let batch = tokens.min(BATCH_TOKENS);
-    // The stream before and behind the layer, what feeds its linear layers, the outputs that are compared.
-    let activations = tokens * (2 * h + h + h + f.heads * f.head_dim + i + h) * 4;
+    // The stream before and behind the layer, what feeds its linear layers, and the three outputs that are compared.
+    let activations = tokens * (2 * h + 2 * h + f.heads * f.head_dim + i + 3 * h) * 4;
     let buffers = batch * (2 * h + 4 * i) * 4;
     // Gram matrix of the widest input: product, sum in double precision, result.
     let gram = i * i * (4 + 8 + 4);

@@ -137,6 +137,7 @@ impl Measure {
         e: &Edge,
         xs: Vec<Tensor>,
         references: Vec<Tensor>,
+        coarse: bool,
     ) -> Result<Self, PassError> {
         let m = &unit.module;
         let elements = references.iter().map(|t| t.len() as f64).sum();
@@ -147,7 +148,9 @@ impl Measure {
             let func = cx.engine.prepare(m, &gram_loss(m, rows, n)?, &unit.weights)?;
             return Ok(Measure::Gram { func, weight, gram, elements });
         }
-        let func = cx.engine.prepare(m, &loss(unit, &block(unit, f, e)?)?, &unit.weights)?;
+        // What a coarse product loses is a millionth of the losses that are compared.
+        let engine = cx.engine.coarse().filter(|_| coarse).unwrap_or(cx.engine);
+        let func = engine.prepare(m, &loss(unit, &block(unit, f, e)?)?, &unit.weights)?;
         Ok(Measure::Run { func, xs, references, elements })
     }
 

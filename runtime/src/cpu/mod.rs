@@ -19,6 +19,8 @@ pub mod pool;
 pub mod reduce;
 pub mod rope;
 pub mod simd;
+#[cfg(target_arch = "x86_64")]
+pub mod split;
 #[cfg(test)]
 mod testing;
 #[cfg(target_arch = "x86_64")]

@@ -22,16 +22,33 @@ pub use memory::KvCache;
 
 /// What all programs of an engine share.
 struct Machine {
-    pool: Pool,
+    pool: Arc<Pool>,
     isa: Isa,
-    scratch: Scratch,
+    scratch: Arc<Scratch>,
     spare: memory::Spare,
+    /// The matrix unit, in the engine that uses it.
+    #[cfg(target_arch = "x86_64")]
+    split: Option<crate::cpu::split::Amx>,
+}
+
+impl Machine {
+    /// `out = x wᵀ` in split products, if this machine does that and they pay.
+    fn split_linear(&self, x: &[f32], w: &[f32], shape: (usize, usize, usize), out: &mut [f32]) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(amx) = self.split.filter(|_| shape.0 >= 64) {
+            amx.linear(&self.pool, x, w, shape, out, &self.scratch);
+            return true;
+        }
+        let _ = (x, w, shape, out);
+        false
+    }
 }
 
 /// Runs functions on the CPU.
 pub struct CpuEngine {
     machine: Arc<Machine>,
     programs: Mutex<HashMap<Hash, Arc<Program>>>,
+    coarse: Option<Box<CpuEngine>>,
 }
 
 impl CpuEngine {
@@ -40,14 +57,29 @@ impl CpuEngine {
     /// # Errors
     /// If the system refuses the threads.
     pub fn new(threads: usize) -> Result<Self, EngineError> {
-        let pool = Pool::new(threads).map_err(|e| EngineError::System(e.to_string()))?;
-        let machine = Arc::new(Machine {
-            pool,
-            isa: Isa::detect(),
-            scratch: Scratch::new(),
-            spare: memory::Spare::default(),
-        });
-        Ok(CpuEngine { machine, programs: Mutex::default() })
+        // The matrix unit is asked for before there are threads.
+        #[cfg(target_arch = "x86_64")]
+        let amx = crate::cpu::split::Amx::request();
+        let pool = Arc::new(Pool::new(threads).map_err(|e| EngineError::System(e.to_string()))?);
+        let scratch = Arc::new(Scratch::new());
+        let with = |coarse: bool| {
+            let _ = coarse;
+            Arc::new(Machine {
+                pool: pool.clone(),
+                isa: Isa::detect(),
+                scratch: scratch.clone(),
+                spare: memory::Spare::default(),
+                #[cfg(target_arch = "x86_64")]
+                split: amx.filter(|_| coarse),
+            })
+        };
+        let exact = CpuEngine { machine: with(false), programs: Mutex::default(), coarse: None };
+        #[cfg(target_arch = "x86_64")]
+        if amx.is_some() {
+            let coarse = CpuEngine { machine: with(true), programs: Mutex::default(), coarse: None };
+            return Ok(CpuEngine { coarse: Some(Box::new(coarse)), ..exact });
+        }
+        Ok(exact)
     }
 
     /// Number of threads.
@@ -124,6 +156,10 @@ impl CpuEngine {
 }
 
 impl Engine for CpuEngine {
+    fn coarse(&self) -> Option<&dyn Engine> {
+        self.coarse.as_deref().map(|e| e as &dyn Engine)
+    }
+
     fn prepare(
         &self,
         module: &Module,

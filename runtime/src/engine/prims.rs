@@ -167,7 +167,11 @@ fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError>
         _ => None,
     };
     let y = floats(out)?;
-    cpu::linear(pool, isa, x, (rows, k), &view.ok_or_else(wrong_kind)?, n, y, &m.scratch);
+    let view = view.ok_or_else(wrong_kind)?;
+    let split = matches!(&view, cpu::WeightView::F32(w) if m.split_linear(x, w, (rows, k, n), y));
+    if !split {
+        cpu::linear(pool, isa, x, (rows, k), &view, n, y, &m.scratch);
+    }
     if let Some(bias) = ins.get(2) {
         let bias = bias.widened()?;
         pool.for_chunks(y, n.max(1) * 64, |_, rows| {
@@ -243,6 +247,9 @@ fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) -> Result<(
     // A plain matrix on the right serves all rows of a batch at once.
     if rb == 2 {
         let rows = av.len() / k.max(1);
+        if trans_b && m.split_linear(&av, &bv, (rows, k, n), y) {
+            return Ok(());
+        }
         cpu::matmul(&m.pool, m.isa, MatRef::new(&av, rows, k), right(&bv), y, n);
         return Ok(());
     }

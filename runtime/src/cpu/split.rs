@@ -1,0 +1,333 @@
+//! Products of `f32` matrices as three products of bfloat16 parts, on the matrix unit (AMX).
+//!
+//! Each factor is cut into a high and a low part, `x = h + l`, both rounded to nearest; `h h' + h l' + l h'` is summed in
+//! `f32`. What is left out and what rounding loses is at most about `2^-16` of `|x| |x'|` for each pair: enough for
+//! comparing losses, not a replacement for `f32` where results are kept. The sum over the inner dimension runs in one
+//! fixed order, so the bytes do not depend on threads.
+#![allow(unsafe_code, reason = "AMX has no stable intrinsics; its instructions are written out")]
+
+use std::arch::asm;
+
+use super::pool::{Pool, Scratch, SharedMut};
+use super::simd::{Isa, Kernel, Lanes};
+
+/// Rows and columns of a block that one pass over the inner dimension computes: two tiles by two.
+const BLOCK: usize = 32;
+/// Inner elements of a tile.
+const DEPTH: usize = 32;
+/// 16-bit elements of a packed step: two tiles of high and two of low parts.
+const STEP: usize = 4 * 16 * DEPTH;
+/// Row blocks that one task computes against all columns of its share.
+const TASK_BLOCKS: usize = 8;
+/// Steps of one pass over the rows: 24 KiB of the right side.
+const RUN: usize = 6;
+
+/// The matrix unit of this process. There is no other way to get one than to ask for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Amx(());
+
+impl Amx {
+    /// Asks the machine and the system for the matrix unit; call before threads are started.
+    pub fn request() -> Option<Amx> {
+        if detect() && permit() { Some(Amx(())) } else { None }
+    }
+
+    /// `out[m, n] = a[m, k] wᵀ` for `w[n, k]`, all row-major and dense.
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub fn linear(
+        self,
+        pool: &Pool,
+        a: &[f32],
+        w: &[f32],
+        (m, k, n): (usize, usize, usize),
+        out: &mut [f32],
+        scratch: &Scratch,
+    ) {
+        assert_eq!((a.len(), w.len(), out.len()), (m * k, n * k, m * n), "a product [{m}, {k}] x [{k}, {n}]");
+        if m == 0 || n == 0 {
+            return;
+        }
+        let steps = k.div_ceil(DEPTH);
+        let (rows, cols) = (m.div_ceil(BLOCK), n.div_ceil(BLOCK));
+        // Two 16-bit parts take as much room as one float; 16 floats more let the data start on a cache line.
+        let mut left = scratch.take(rows * steps * STEP / 2 + 16);
+        let mut right = scratch.take(cols * steps * STEP / 2 + 16);
+        let (left, right) = (aligned(&mut left), aligned(&mut right));
+        let isa = Isa::detect();
+        pool.for_chunks(left, steps * STEP, |i, out| {
+            isa.run(Pack::<false> { x: a, rows: m, k, first: i * BLOCK, out });
+        });
+        pool.for_chunks(right, steps * STEP, |i, out| {
+            isa.run(Pack::<true> { x: w, rows: n, k, first: i * BLOCK, out });
+        });
+        let (left, right) = (&*left, &*right);
+        // Column shares keep both threads busy when there are few rows.
+        let share = if rows >= 4 * TASK_BLOCKS { cols } else { cols.div_ceil(4) };
+        let (down, across) = (rows.div_ceil(TASK_BLOCKS), cols.div_ceil(share));
+        let out = SharedMut::new(out);
+        pool.for_each(down * across, |task| {
+            let (r0, c0) = (task / across * TASK_BLOCKS, task % across * share);
+            let _tiles = Tiles::configure();
+            let mut edge = Box::new(Aligned([[0.0; BLOCK * BLOCK]; TASK_BLOCKS]));
+            let r1 = rows.min(r0 + TASK_BLOCKS);
+            for c in c0..cols.min(c0 + share) {
+                let width = BLOCK.min(n - c * BLOCK);
+                let height = |r: usize| BLOCK.min(m - r * BLOCK);
+                let at = |r: usize| r * BLOCK * n + c * BLOCK;
+                // A run of the right side stays in the first-level cache while all rows pass it.
+                for from in (0..steps.max(1)).step_by(RUN) {
+                    let run = RUN.min(steps - from);
+                    let b = &right[(c * steps + from) * STEP..(c * steps + from + run) * STEP];
+                    for r in r0..r1 {
+                        let a = &left[(r * steps + from) * STEP..(r * steps + from + run) * STEP];
+                        let (to, stride) = match (height(r), width) {
+                            (BLOCK, BLOCK) => (out.ptr_at(at(r)), n),
+                            _ => (edge.0[r - r0].as_mut_ptr(), BLOCK),
+                        };
+                        // SAFETY: this thread's tiles are configured, and an `Amx` proves that the machine has them;
+                        // the block lies inside `out` or `edge` and is this task's alone.
+                        unsafe { multiply(a, b, run, from > 0, to, stride) };
+                    }
+                }
+                for r in (r0..r1).filter(|&r| (height(r), width) != (BLOCK, BLOCK)) {
+                    for i in 0..height(r) {
+                        // SAFETY: inside `out`; each block is written by one task.
+                        let row = unsafe { out.part(at(r) + i * n, width) };
+                        row.copy_from_slice(&edge.0[r - r0][i * BLOCK..i * BLOCK + width]);
+                    }
+                }
+            }
+        });
+    }
+}
+
+#[repr(align(64))]
+struct Aligned([[f32; BLOCK * BLOCK]; TASK_BLOCKS]);
+
+/// The part of a buffer that starts on a cache line, as 16-bit elements.
+fn aligned(buf: &mut [f32]) -> &mut [u16] {
+    let skip = buf.as_ptr().align_offset(64).min(16);
+    let len = buf.len() - 16;
+    bytemuck::cast_slice_mut(&mut buf[skip..skip + len])
+}
+
+/// The nearest bfloat16 of `x`, as bits.
+#[inline(always)]
+fn nearest(x: f32) -> u32 {
+    let bits = x.to_bits();
+    (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+}
+
+/// High and low part of `x`.
+#[inline(always)]
+fn parts(x: f32) -> (u32, u32) {
+    let high = nearest(x);
+    (high, nearest(x - f32::from_bits(high << 16)))
+}
+
+/// Packs 32 rows from `first` of `x[rows, k]`, zeros beyond its ends. For each step: two tiles of high parts, two of low
+/// ones, each of 16 rows. `PAIRED` is the order of a right operand: pairs of inner elements, then rows.
+struct Pack<'a, const PAIRED: bool> {
+    x: &'a [f32],
+    rows: usize,
+    k: usize,
+    first: usize,
+    out: &'a mut [u16],
+}
+
+impl<const PAIRED: bool> Kernel for Pack<'_, PAIRED> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        for (step, out) in self.out.chunks_exact_mut(STEP).enumerate() {
+            let (high, low) = out.split_at_mut(STEP / 2);
+            let from = step * DEPTH;
+            for r in 0..BLOCK {
+                let mut line = [0.0f32; DEPTH];
+                if self.first + r < self.rows && from < self.k {
+                    let len = DEPTH.min(self.k - from);
+                    line[..len].copy_from_slice(&self.x[(self.first + r) * self.k + from..][..len]);
+                }
+                let (mut h, mut l) = ([0u16; DEPTH], [0u16; DEPTH]);
+                for i in 0..DEPTH {
+                    let (a, b) = parts(line[i]);
+                    h[i] = a as u16;
+                    l[i] = b as u16;
+                }
+                let (tile, row) = (r / 16 * 16 * DEPTH, r % 16);
+                if PAIRED {
+                    for p in 0..DEPTH / 2 {
+                        let at = tile + p * 32 + 2 * row;
+                        high[at..at + 2].copy_from_slice(&h[2 * p..2 * p + 2]);
+                        low[at..at + 2].copy_from_slice(&l[2 * p..2 * p + 2]);
+                    }
+                } else {
+                    high[tile + row * DEPTH..][..DEPTH].copy_from_slice(&h);
+                    low[tile + row * DEPTH..][..DEPTH].copy_from_slice(&l);
+                }
+            }
+        }
+    }
+}
+
+/// This thread's tile registers, given back when dropped.
+struct Tiles;
+
+impl Tiles {
+    fn configure() -> Self {
+        let mut config = [0u8; 64];
+        config[0] = 1;
+        for t in 0..8 {
+            // Bytes of a row, and rows.
+            config[16 + 2 * t] = 64;
+            config[48 + t] = 16;
+        }
+        // SAFETY: only an `Amx` calls this; the configuration is a valid palette 1 in 64 readable bytes.
+        unsafe { asm!("ldtilecfg [{0}]", in(reg) config.as_ptr(), options(nostack, readonly)) };
+        Tiles
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: the tiles were configured by `configure` on this thread; a `Tiles` stays in its task.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+/// `out[32, 32] = a b`, or `out + a b` if `add`, over packed operands of `steps` steps; rows of `out` are `stride`
+/// elements apart.
+///
+/// # Safety
+/// The tiles of this thread are configured as [`Tiles::configure`] does. The block at `out` is valid and written by
+/// nobody else.
+unsafe fn multiply(a: &[u16], b: &[u16], steps: usize, add: bool, out: *mut f32, stride: usize) {
+    assert!(a.len() == steps * STEP && b.len() == steps * STEP);
+    // SAFETY: each step reads 4096 bytes from `a` and from `b`, whose lengths were checked; the stores write the four
+    // quarters of the block at `out`. The compiler knows no tile registers, so it keeps nothing in them.
+    unsafe {
+        asm!(
+            "test {z}, {z}",
+            "jz 4f",
+            "tileloadd tmm0, [{c} + {t}*1]",
+            "tileloadd tmm1, [{c} + {t}*1 + 64]",
+            "tileloadd tmm2, [{d} + {t}*1]",
+            "tileloadd tmm3, [{d} + {t}*1 + 64]",
+            "jmp 5f",
+            "4:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "5:",
+            "test {n}, {n}",
+            "jz 3f",
+            "2:",
+            "tileloadd tmm4, [{a} + {s}*1]",
+            "tileloadd tmm5, [{a} + {s}*1 + 1024]",
+            "tileloadd tmm6, [{b} + {s}*1]",
+            "tileloadd tmm7, [{b} + {s}*1 + 1024]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm4, [{a} + {s}*1 + 2048]",
+            "tileloadd tmm5, [{a} + {s}*1 + 3072]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm4, [{a} + {s}*1]",
+            "tileloadd tmm5, [{a} + {s}*1 + 1024]",
+            "tileloadd tmm6, [{b} + {s}*1 + 2048]",
+            "tileloadd tmm7, [{b} + {s}*1 + 3072]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a}, 4096",
+            "add {b}, 4096",
+            "dec {n}",
+            "jnz 2b",
+            "3:",
+            "tilestored [{c} + {t}*1], tmm0",
+            "tilestored [{c} + {t}*1 + 64], tmm1",
+            "tilestored [{d} + {t}*1], tmm2",
+            "tilestored [{d} + {t}*1 + 64], tmm3",
+            a = inout(reg) a.as_ptr() => _,
+            b = inout(reg) b.as_ptr() => _,
+            n = inout(reg) steps => _,
+            z = in(reg) u64::from(add),
+            c = in(reg) out,
+            d = in(reg) out.add(16 * stride),
+            s = in(reg) 64usize,
+            t = in(reg) 4 * stride,
+            options(nostack),
+        );
+    }
+}
+
+/// Whether the processor has tiles and bfloat16 products on them (CPUID leaf 7, EDX bits 24 and 22).
+fn detect() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    __cpuid(0).eax >= 7 && {
+        let edx = __cpuid_count(7, 0).edx;
+        edx >> 24 & 1 == 1 && edx >> 22 & 1 == 1
+    }
+}
+
+/// Asks Linux to let this process use tiles: `arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)`.
+fn permit() -> bool {
+    if !cfg!(target_os = "linux") {
+        return false;
+    }
+    let result: i64;
+    // SAFETY: the system call takes two numbers and touches no memory of this process.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") 158i64 => result,
+            in("rdi") 0x1023,
+            in("rsi") 18,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    result == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{bits, noise, pools};
+    use super::*;
+
+    #[test]
+    fn close_to_exact_products_and_alike_on_any_threads() {
+        let Some(amx) = Amx::request() else { return };
+        for (m, k, n) in [(1, 1, 1), (33, 31, 40), (64, 576, 192), (70, 300, 97), (300, 64, 33)] {
+            let (a, w) = (noise(m * k, 1), noise(n * k, 2));
+            let mut first = None;
+            for pool in &pools() {
+                let mut out = vec![7.0; m * n];
+                amx.linear(pool, &a, &w, (m, k, n), &mut out, &Scratch::new());
+                for i in 0..m {
+                    for j in 0..n {
+                        let pairs = (0..k).map(|p| (f64::from(a[i * k + p]), f64::from(w[j * k + p])));
+                        let (sum, size) =
+                            pairs.fold((0.0, 0.0), |(s, z), (x, y)| (s + x * y, z + (x * y).abs()));
+                        let error = (f64::from(out[i * n + j]) - sum).abs();
+                        assert!(
+                            error <= size * 2f64.powi(-15),
+                            "[{m}, {k}, {n}] at {i}, {j}: off by {error} of {size}"
+                        );
+                    }
+                }
+                assert_eq!(*first.get_or_insert_with(|| bits(&out)), bits(&out));
+            }
+        }
+    }
+}
