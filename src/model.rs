@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use qrmc_frontends::{Checkpoint, SideFile};
 use qrmc_ir::{Module, WeightSource};
-use qrmc_lowering::artefact::{Artefact, ArtefactError, Manifest, SourceInfo, is_artefact};
+use qrmc_lowering::artefact::{Artefact, Check, Manifest, SourceInfo, is_artefact};
 use qrmc_runtime::engine::CpuEngine;
 use qrmc_runtime::text::Tokenizer;
 
@@ -55,7 +55,7 @@ pub(crate) fn locate(given: Option<&Path>) -> Result<PathBuf, Failure> {
 /// Opens a model. The hashes of an artefact are checked on the engine's threads.
 pub(crate) fn open(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
     if is_artefact(path) {
-        let spread = |n: usize, check: &(dyn Fn(usize) -> Result<(), ArtefactError> + Sync)| {
+        let spread = |n: usize, check: &Check<'_>| {
             engine.with_machine(|pool, _| pool.map(n, check)).into_iter().collect::<Result<(), _>>()
         };
         let a = Artefact::open(path, &spread)?;

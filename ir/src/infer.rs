@@ -113,7 +113,8 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
         Op::Rope(attr) => {
             let width = ins[0].shape.last().and_then(Dim::fixed).unwrap_or(0);
             let head = attr.head_dim as usize;
-            if head == 0 || head % 2 != 0 || width % head != 0 || ins[0].shape.rank() != 3 {
+            if head == 0 || !head.is_multiple_of(2) || !width.is_multiple_of(head) || ins[0].shape.rank() != 3
+            {
                 return Err(fault(format!(
                     "{} is not [B, S, heads * {head}] with an even head size",
                     ins[0]

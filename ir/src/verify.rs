@@ -113,10 +113,10 @@ fn verify_func(module: &Module, at: usize, f: &Func, faults: &mut Faults) {
             node.outs.iter().for_each(|o| defined[o.0 as usize] = true);
             continue;
         }
-        if let Op::Call(id) = node.op {
-            if id.0 as usize >= at {
-                fault(Diag::new("Q0302", "a call to a function that is not defined before it"));
-            }
+        if let Op::Call(id) = node.op
+            && id.0 as usize >= at
+        {
+            fault(Diag::new("Q0302", "a call to a function that is not defined before it"));
         }
         let ins: Vec<&TensorType> = node.ins.iter().map(|&v| f.ty(v)).collect();
         match infer(module, &node.op, &ins) {

@@ -14,7 +14,7 @@ mod shards;
 mod write;
 
 pub use manifest::{FORMAT, Manifest, SourceInfo, TensorInfo};
-pub use read::{Artefact, is_artefact};
+pub use read::{Artefact, Check, Spread, is_artefact};
 pub(crate) use shards::stored_bytes;
 pub use shards::{ShardWriter, TensorPlan, read_tensors, write_tensors};
 pub use write::{ArtefactWriter, Output};

@@ -69,10 +69,10 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
 pub fn weight_order(func: &Func) -> Vec<(qrmc_ir::WeightId, TensorType)> {
     let mut order: Vec<(qrmc_ir::WeightId, TensorType)> = Vec::new();
     for node in &func.nodes {
-        if let Op::Weight(w) = node.op {
-            if !order.iter().any(|(o, _)| *o == w) {
-                order.push((w, func.ty(node.outs[0]).clone()));
-            }
+        if let Op::Weight(w) = node.op
+            && !order.iter().any(|(o, _)| *o == w)
+        {
+            order.push((w, func.ty(node.outs[0]).clone()));
         }
     }
     order

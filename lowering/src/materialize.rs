@@ -58,6 +58,9 @@ struct Job {
     parts: Vec<ValueId>,
 }
 
+/// Takes a tensor and its bytes.
+pub type Put<'a> = dyn FnMut(&TensorPlan, &[u8]) -> Result<(), ArtefactError> + 'a;
+
 /// Rounding loss of one tensor.
 #[derive(Clone, PartialEq, Debug)]
 pub struct TensorLoss {
@@ -129,10 +132,10 @@ impl Names {
         for f in &module.funcs {
             let mut seen = HashSet::new();
             for n in &f.nodes {
-                if let Op::Weight(w) = n.op {
-                    if seen.insert(w) {
-                        *readers.entry(module.weight(w).name.clone()).or_default() += 1;
-                    }
+                if let Op::Weight(w) = n.op
+                    && seen.insert(w)
+                {
+                    *readers.entry(module.weight(w).name.clone()).or_default() += 1;
                 }
             }
         }
@@ -262,7 +265,7 @@ impl Materialized {
         &self,
         engine: &dyn Engine,
         weights: &dyn WeightSource,
-        put: &mut dyn FnMut(&TensorPlan, &[u8]) -> Result<(), ArtefactError>,
+        put: &mut Put<'_>,
     ) -> Result<Vec<TensorLoss>, MaterializeError> {
         let mut losses = Vec::new();
         for job in &self.jobs {

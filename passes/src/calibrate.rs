@@ -120,19 +120,20 @@ pub(crate) fn observe(
     Ok((values, next))
 }
 
+type Work<'a> =
+    dyn FnMut(&Unit, &mut PassCx<'_>, &LayerRun<'_>) -> Result<(LayerResult, Vec<Tensor>), PassError> + 'a;
+type Apply<'a> =
+    dyn FnMut(&mut Unit, &mut PassCx<'_>, usize, FuncId, LayerResult) -> Result<(), PassError> + 'a;
+
 /// Streams the calibration text through the layers. For each layer, `work` computes named tensors from the layer and
-/// its inputs, and the stream behind it; `apply` puts the tensors into the unit. Results are kept in the store under a key of everything that they
-/// depend on; where they are found there, only `apply` runs.
+/// its inputs, and the stream behind it; `apply` puts the tensors into the unit. Results are kept in the store under a
+/// key of everything that they depend on; where they are found there, only `apply` runs.
 pub(crate) fn walk_layers(
     unit: &mut Unit,
     cx: &mut PassCx<'_>,
     pass: &str,
-    work: &mut dyn FnMut(
-        &Unit,
-        &mut PassCx<'_>,
-        &LayerRun<'_>,
-    ) -> Result<(LayerResult, Vec<Tensor>), PassError>,
-    apply: &mut dyn FnMut(&mut Unit, &mut PassCx<'_>, usize, FuncId, LayerResult) -> Result<(), PassError>,
+    work: &mut Work<'_>,
+    apply: &mut Apply<'_>,
 ) -> Result<(), PassError> {
     let Some(calibration) = cx.calibration else {
         return Err(PassError::Calibration {

@@ -141,7 +141,7 @@ fn sample(xs: &[Tensor], n: usize) -> Tensor {
     let mut at = 0usize;
     for x in xs {
         for row in x.as_f32().unwrap_or(&[]).chunks(n.max(1)) {
-            if at % stride == 0 {
+            if at.is_multiple_of(stride) {
                 rows.extend_from_slice(row);
             }
             at += 1;

@@ -102,7 +102,7 @@ impl Manager<'_> {
             accepts(&**pass, &unit.module).map_err(|d| failed(d.into()))?;
             let start = Instant::now();
             let mut after = unit.clone();
-            pass.run(&mut after, cx).map_err(|e| failed(e))?;
+            pass.run(&mut after, cx).map_err(&failed)?;
             let time = start.elapsed();
             if let Err(faults) = verify(&after.module) {
                 let count = faults.len();

@@ -127,10 +127,10 @@ fn block_output(f: &Func, x: ValueId) -> Result<ValueId, Diag> {
             // An addition of something that does not come from `x` and is no weight is the residual.
             let other = node.ins.iter().find(|v| !reached[v.0 as usize]);
             let block = node.ins.iter().find(|v| reached[v.0 as usize]);
-            if let (Some(other), Some(block)) = (other, block) {
-                if f.ty(*other) == f.ty(*block) {
-                    return Ok(*block);
-                }
+            if let (Some(other), Some(block)) = (other, block)
+                && f.ty(*other) == f.ty(*block)
+            {
+                return Ok(*block);
             }
         }
         if from {

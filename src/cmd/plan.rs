@@ -130,7 +130,8 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
     {
         // One layer or the head at a time; a copy of what the source had to convert stands beside it.
         let stored = if owned { 8 } else { 2 };
-        memory = memory.max(layer_weights(&module).max(f.vocab * f.hidden) * stored + layer_weights(&module) * 4);
+        memory =
+            memory.max(layer_weights(&module).max(f.vocab * f.hidden) * stored + layer_weights(&module) * 4);
         flops += 4.0 * 2.0 * 32.0 * weights as f64;
     }
     let disk: u64 = plan.tensors().iter().map(qrmc_lowering::artefact::TensorPlan::bytes).sum();

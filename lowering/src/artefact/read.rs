@@ -19,6 +19,11 @@ pub fn is_artefact(path: &Path) -> bool {
     path.join("manifest.json").is_file() && path.join("model.qir").is_file()
 }
 
+/// Checks one tensor, by its number.
+pub type Check<'a> = dyn Fn(usize) -> Result<(), ArtefactError> + Sync + 'a;
+/// Runs a check for every number below a count, on threads if the caller has some.
+pub type Spread<'a> = dyn Fn(usize, &Check<'_>) -> Result<(), ArtefactError> + 'a;
+
 /// An opened artefact.
 #[derive(Debug)]
 pub struct Artefact {
@@ -46,13 +51,7 @@ impl Artefact {
     ///
     /// # Errors
     /// The first thing that is missing or altered, by name.
-    pub fn open(
-        path: &Path,
-        spread: &dyn Fn(
-            usize,
-            &(dyn Fn(usize) -> Result<(), ArtefactError> + Sync),
-        ) -> Result<(), ArtefactError>,
-    ) -> Result<Self, ArtefactError> {
+    pub fn open(path: &Path, spread: &Spread<'_>) -> Result<Self, ArtefactError> {
         let text = read_text(&path.join("manifest.json"))?;
         let manifest_path = path.join("manifest.json");
         let manifest: Manifest = serde_json::from_str(&text).map_err(|e| {

@@ -286,15 +286,15 @@ impl State<'_, '_> {
 
     /// Keys or values of an attention: a tensor or a cache.
     fn rows(&self, arg: Arg, ty: &TensorType, head_dim: usize) -> Result<Rows<'_>, EngineError> {
-        if let Arg::Buffer(b) = arg {
-            if let Some(Input::Cache(c)) = self.cached[b as usize].map(|p| &self.args[p]) {
-                return Ok(Rows {
-                    data: &c.data,
-                    batch_stride: c.capacity * c.width,
-                    row_stride: c.width,
-                    head_stride: head_dim,
-                });
-            }
+        if let Arg::Buffer(b) = arg
+            && let Some(Input::Cache(c)) = self.cached[b as usize].map(|p| &self.args[p])
+        {
+            return Ok(Rows {
+                data: &c.data,
+                batch_stride: c.capacity * c.width,
+                row_stride: c.width,
+                head_stride: head_dim,
+            });
         }
         let x = self.operand(arg, ty)?;
         let width = x.shape[2];

@@ -131,10 +131,10 @@ impl CpuEngine {
             .collect();
         let mut calls = HashMap::new();
         for step in &program.steps {
-            if let Kernel::Op(Op::Call(f)) = step.kernel {
-                if let std::collections::hash_map::Entry::Vacant(e) = calls.entry(f) {
-                    e.insert(self.load(module, module.func(f), weights)?);
-                }
+            if let Kernel::Op(Op::Call(f)) = step.kernel
+                && let std::collections::hash_map::Entry::Vacant(e) = calls.entry(f)
+            {
+                e.insert(self.load(module, module.func(f), weights)?);
             }
         }
         let derived = match &program.init {
