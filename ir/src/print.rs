@@ -33,7 +33,7 @@ pub fn print_func(module: &Module, func: &Func) -> String {
     s
 }
 
-/// For each function and node, the line of [`print`]'s text that holds it, from 1.
+/// For each function and node, the line of [`print()`]'s text that holds it, from 1.
 pub fn node_lines(module: &Module) -> Vec<Vec<usize>> {
     let mut s = format!("qir {VERSION}\n");
     facts(&mut s, &module.facts);
