@@ -250,7 +250,7 @@ mod tests {
         w.finish().unwrap();
         let bytes = std::fs::read(dir.path().join("model-00001-of-00002.safetensors")).unwrap();
         assert_eq!(bytes[bytes.len() - 12..], [1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]);
-        assert!(bytes.len() % 4 == 0 && (bytes.len() - 12) % 8 == 0);
+        assert!(bytes.len().is_multiple_of(4) && (bytes.len() - 12).is_multiple_of(8));
     }
 
     #[test]
