@@ -2,7 +2,7 @@
 
 use qrmc_ir::{EngineError, FuncId, Hash, Tensor, print_func};
 
-use crate::pass::{PassCx, PassError};
+use crate::pass::{LayerLoss, PassCx, PassError};
 use crate::unit::Unit;
 
 /// Tokens that run through a layer at a time. A constant: sums over batches must not depend on the machine.
@@ -122,8 +122,7 @@ pub(crate) fn observe(
 
 type Work<'a> =
     dyn FnMut(&Unit, &mut PassCx<'_>, &LayerRun<'_>) -> Result<(LayerResult, Vec<Tensor>), PassError> + 'a;
-type Apply<'a> =
-    dyn FnMut(&mut Unit, &mut PassCx<'_>, usize, FuncId, LayerResult) -> Result<(), PassError> + 'a;
+type Apply<'a> = dyn FnMut(&mut Unit, FuncId, LayerResult) -> Result<(), PassError> + 'a;
 
 /// Streams the calibration text through the layers. For each layer, `work` computes named tensors from the layer and
 /// its inputs, and the stream behind it; `apply` puts the tensors into the unit. Results are kept in the store under a
@@ -141,6 +140,7 @@ pub(crate) fn walk_layers(
             hint: "give some with --calib PATH: a text, jsonl or parquet file, or a data set folder".into(),
         });
     };
+    let name = pass.split('{').next().unwrap_or(pass);
     let layers = unit.module.layers();
     let mut key = Hash::of([
         cx.source_key.as_bytes(),
@@ -169,8 +169,8 @@ pub(crate) fn walk_layers(
             return Err(PassError::Interrupted);
         }
         if let Some(found) = cx.store.get(&keys[index]) {
-            apply(unit, cx, index, func, found)?;
-            cx.report.progress(pass, index + 1, layers.len(), "kept from before");
+            apply(unit, func, report_losses(cx, name, index, found))?;
+            cx.report.progress(name, index + 1, layers.len(), "kept from before");
             // The stream behind the last finished layer was kept; only the first unfinished layer asks for it.
             stream = None;
             continue;
@@ -189,13 +189,27 @@ pub(crate) fn walk_layers(
         if index > 0 {
             cx.store.forget(&stream_key(&keys[index - 1]));
         }
-        apply(unit, cx, index, func, result)?;
+        apply(unit, func, report_losses(cx, name, index, result))?;
+        cx.report.progress(name, index + 1, layers.len(), "");
         stream = Some(next);
     }
     if let Some(last) = keys.last() {
         cx.store.forget(&stream_key(last));
     }
     Ok(())
+}
+
+/// Tells the losses among the results of a layer, which are named `*.loss` and hold before and after; gives the rest.
+fn report_losses(cx: &mut PassCx<'_>, pass: &str, layer: usize, result: LayerResult) -> LayerResult {
+    let (losses, rest): (LayerResult, LayerResult) =
+        result.into_iter().partition(|(key, _)| key.ends_with(".loss"));
+    for (key, tensor) in losses {
+        if let qrmc_ir::Data::F64(v) = tensor.data() {
+            let what = key.trim_end_matches(".loss").to_owned();
+            cx.report.loss(pass, LayerLoss { layer, what, before: v[0], after: v[1] });
+        }
+    }
+    rest
 }
 
 /// Identity of the tensors that earlier passes have made.

@@ -11,7 +11,7 @@ use qrmc_ir::{
 use crate::calibrate::{LayerResult, LayerRun, observe, walk_layers};
 use crate::edges::{linears, role};
 use crate::options::{OptionValue, options};
-use crate::pass::{LayerLoss, Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::unit::Unit;
 
 /// Tokens in the sample, about (methods.md §3 step 5).
@@ -55,9 +55,7 @@ impl Pass for ClipSearch {
         let o = self.0.clone();
         let name = self.call().to_string();
         let mut work = |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| search_layer(&o, unit, cx, run);
-        let mut apply =
-            |unit: &mut Unit, cx: &mut PassCx<'_>, index, func, result| insert(unit, cx, index, func, result);
-        walk_layers(unit, cx, &name, &mut work, &mut apply)
+        walk_layers(unit, cx, &name, &mut work, &mut insert)
     }
 }
 
@@ -232,21 +230,8 @@ fn search_layer(
     Ok((result, next))
 }
 
-fn insert(
-    unit: &mut Unit,
-    cx: &mut PassCx<'_>,
-    index: usize,
-    func: FuncId,
-    result: LayerResult,
-) -> Result<(), PassError> {
+fn insert(unit: &mut Unit, func: FuncId, result: LayerResult) -> Result<(), PassError> {
     for (key, tensor) in result {
-        if let Some(what) = key.strip_suffix(".loss") {
-            if let qrmc_ir::Data::F64(v) = tensor.data() {
-                let loss = LayerLoss { layer: index, what: what.to_owned(), before: v[0], after: v[1] };
-                cx.report.loss("clip-search", loss);
-            }
-            continue;
-        }
         let Some(wanted) = key.strip_suffix(".bound") else { continue };
         let name = unit.module.func(func).name.clone();
         let id = unit.define(&format!("{name}.{wanted}.bound"), tensor)?;
@@ -266,6 +251,5 @@ fn insert(
         })?;
         unit.module.funcs[func.0 as usize] = new;
     }
-    cx.report.progress("clip-search", index + 1, unit.module.layers().len(), "");
     Ok(())
 }

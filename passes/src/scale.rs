@@ -18,7 +18,7 @@ use crate::annotate::check_group;
 use crate::calibrate::{LayerResult, LayerRun, observe, walk_layers};
 use crate::edges::{Linear, linears};
 use crate::options::{Bits, Group, OptionValue, options};
-use crate::pass::{LayerLoss, Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::unit::Unit;
 use measure::{Measure, abs_sum, accumulate, candidate};
 
@@ -70,9 +70,7 @@ impl Pass for Scale {
         let name = self.call().to_string();
         let mut work =
             |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| search_layer(&options, unit, cx, run);
-        let mut apply =
-            |unit: &mut Unit, cx: &mut PassCx<'_>, index, func, result| insert(unit, cx, index, func, result);
-        walk_layers(unit, cx, &name, &mut work, &mut apply)
+        walk_layers(unit, cx, &name, &mut work, &mut insert)
     }
 }
 
@@ -220,21 +218,8 @@ fn search_layer(
 }
 
 /// Puts the scale pairs of one layer into the graph.
-fn insert(
-    unit: &mut Unit,
-    cx: &mut PassCx<'_>,
-    index: usize,
-    func: FuncId,
-    result: LayerResult,
-) -> Result<(), PassError> {
+fn insert(unit: &mut Unit, func: FuncId, result: LayerResult) -> Result<(), PassError> {
     for (key, tensor) in result {
-        if let Some(what) = key.strip_suffix(".loss") {
-            if let qrmc_ir::Data::F64(v) = tensor.data() {
-                let loss = LayerLoss { layer: index, what: what.to_owned(), before: v[0], after: v[1] };
-                cx.report.loss("scale", loss);
-            }
-            continue;
-        }
         let Some(value) = key.strip_suffix(".s") else { continue };
         let name = unit.module.func(func).name.clone();
         let id = unit.define(&format!("{name}.{value}.scale"), tensor)?;
@@ -245,7 +230,6 @@ fn insert(
         let new = insert_scale(&unit.module, old, x, id)?;
         unit.module.funcs[func.0 as usize] = new;
     }
-    cx.report.progress("scale", index + 1, unit.module.layers().len(), "");
     Ok(())
 }
 
