@@ -43,7 +43,7 @@ pub(crate) fn compile(name: &str, text: &str, calibration: &Calibration) -> (Uni
     let mut cx = PassCx {
         engine: &engine,
         calibration: Some(calibration),
-        store: &NoStore,
+        store: Arc::new(NoStore),
         source_key: name.into(),
         report: &mut losses,
     };

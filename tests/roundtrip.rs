@@ -57,7 +57,15 @@ fn build(steps: &[Step], names: &[Option<u8>]) -> Module {
         b.param(Some("x"), TensorType::new(Elem::F32, vec![Sym::B.into(), Sym::S.into(), Dim::Fixed(8)]));
     let pos = b.param(Some("pos"), TensorType::new(Elem::I32, vec![Sym::S.into()]));
     let unary = [UnaryOp::Neg, UnaryOp::Exp, UnaryOp::Sqrt, UnaryOp::Sigmoid, UnaryOp::Cos, UnaryOp::Recip];
-    let binary = [BinaryOp::Add, BinaryOp::Sub, BinaryOp::Mul, BinaryOp::Div, BinaryOp::Max, BinaryOp::Min];
+    let binary = [
+        BinaryOp::Add,
+        BinaryOp::Sub,
+        BinaryOp::Mul,
+        BinaryOp::Div,
+        BinaryOp::Max,
+        BinaryOp::Min,
+        BinaryOp::Ge,
+    ];
     for (i, step) in steps.iter().enumerate() {
         x = match step {
             Step::Unary(o) => b.op1(Op::Unary(unary[*o]), &[x]).unwrap(),

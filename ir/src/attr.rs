@@ -171,7 +171,7 @@ impl<'a> AttrReader<'a> {
 
     pub(crate) fn rule(&mut self) -> Result<Rule, String> {
         let w = self.word("rule")?;
-        w.parse().or_else(|()| self.wrong("rule", "one of minmax, awq, mse", &Attr::Word(w.clone())))
+        w.parse().or_else(|()| self.wrong("rule", "one of minmax, awq, mse, dynamic", &Attr::Word(w.clone())))
     }
 
     pub(crate) fn finish(self) -> Result<(), String> {

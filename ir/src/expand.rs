@@ -9,6 +9,8 @@ use crate::quant::{Grain, QuantSpec};
 use crate::rope::RopeAttr;
 use crate::types::{Dim, Shape};
 
+mod transform;
+
 /// Writes the definition of `op` into `b`; `None` if `op` is a primitive.
 ///
 /// # Errors
@@ -32,6 +34,11 @@ pub fn expand(b: &mut Builder<'_>, op: &Op, ins: &[ValueId]) -> Result<Option<Ve
         }
         Op::Rope(attr) => rope(b, attr, ins[0], ins[1])?,
         Op::Attention(attr) => attention(b, attr, ins)?,
+        Op::AttentionGrad(attr) => return attention_grad(b, attr, ins).map(Some),
+        Op::ModeMul { inner } => transform::mode_mul(b, *inner, ins[0], ins[1])?,
+        Op::Hadamard { block, inverse } => {
+            transform::hadamard(b, *block, *inverse, ins[0], ins.get(1).copied())?
+        }
         Op::CacheAppend => b.op1(Op::Concat(1), ins)?,
         Op::Clip(spec) => clip(b, spec, ins[0], ins[1])?,
         Op::FakeQuant(spec, rule) => {
@@ -97,8 +104,9 @@ fn split_heads(b: &mut Builder<'_>, x: ValueId, d: u64) -> Result<ValueId, Diag>
 
 fn rope(b: &mut Builder<'_>, attr: &RopeAttr, x: ValueId, pos: ValueId) -> Result<ValueId, Diag> {
     let d = u64::from(attr.head_dim);
-    let shape = b.ty(x).shape.clone();
     let (seq, half) = (b.ty(pos).shape.0[0], d / 2);
+    let mut shape = b.ty(x).shape.clone();
+    shape.0[1] = seq;
     let freq = b.literal(&[half], &attr.inv_freq());
     let at = b.op1(Op::Cast(crate::Elem::F32), &[pos])?;
     let at = b.op1(Op::Reshape(Shape(vec![seq, Dim::Fixed(1)])), &[at])?;
@@ -125,33 +133,68 @@ fn rope(b: &mut Builder<'_>, attr: &RopeAttr, x: ValueId, pos: ValueId) -> Resul
     b.op1(Op::Reshape(shape), &[y])
 }
 
-fn attention(b: &mut Builder<'_>, attr: &AttnAttr, ins: &[ValueId]) -> Result<ValueId, Diag> {
-    let out = b.ty(ins[0]).shape.clone();
-    let (batch, seq, width) = (out.0[0], out.0[1], out.0[2].fixed().unwrap_or(0) as u64);
+/// Queries `[B, g, h / g, S, d]`, and keys and values `[B, g, 1, T, d]`.
+fn split_attention(b: &mut Builder<'_>, attr: &AttnAttr, ins: &[ValueId]) -> Result<Vec<ValueId>, Diag> {
     let (h, g) = (u64::from(attr.heads), u64::from(attr.kv_heads));
-    let (d, shared) = (width / h, Dim::Fixed(h / g));
-    // Heads become [B, g, h / g, S, d] for queries and [B, g, 1, T, d] for keys and values.
-    let q_shape = Shape(vec![batch, seq, Dim::Fixed(g), shared, Dim::Fixed(d)]);
-    let q = b.op1(Op::Reshape(q_shape), &[ins[0]])?;
-    let q = b.op1(Op::Transpose(vec![0, 2, 3, 1, 4]), &[q])?;
-    let mut kv = [ins[1], ins[2]];
-    for v in &mut kv {
-        let total = b.ty(*v).shape.0[1];
-        let x = b.op1(
-            Op::Reshape(Shape(vec![batch, total, Dim::Fixed(g), Dim::Fixed(1), Dim::Fixed(d)])),
-            &[*v],
-        )?;
-        *v = b.op1(Op::Transpose(vec![0, 2, 3, 1, 4]), &[x])?;
+    let width = b.ty(ins[0]).shape.last().and_then(Dim::fixed).unwrap_or(0) as u64;
+    let mut out = Vec::new();
+    for &x in ins {
+        let dims = b.ty(x).shape.0.clone();
+        let n = dims.last().and_then(|d| d.fixed()).unwrap_or(0) as u64;
+        let shared = n / (width / h) / g;
+        let split = vec![dims[0], dims[1], Dim::Fixed(g), Dim::Fixed(shared), Dim::Fixed(width / h)];
+        let x = b.op1(Op::Reshape(Shape(split)), &[x])?;
+        out.push(b.op1(Op::Transpose(vec![0, 2, 3, 1, 4]), &[x])?);
     }
-    let scores = b.op1(Op::MatMul { trans_b: true }, &[q, kv[0]])?;
-    let scale = b.scalar(attr.scale.0);
+    Ok(out)
+}
+
+/// Back from heads to `[B, S, n]`.
+fn join_heads(b: &mut Builder<'_>, x: ValueId, to: Shape) -> Result<ValueId, Diag> {
+    let x = b.op1(Op::Transpose(vec![0, 3, 1, 2, 4]), &[x])?;
+    b.op1(Op::Reshape(to), &[x])
+}
+
+/// Probabilities from split queries and keys.
+fn probabilities(b: &mut Builder<'_>, scale: f64, q: ValueId, k: ValueId) -> Result<ValueId, Diag> {
+    let scores = b.op1(Op::MatMul { trans_b: true }, &[q, k])?;
+    let scale = b.scalar(scale);
     let scores = b.binary(BinaryOp::Mul, scores, scale)?;
     let mask = b.op1(Op::CausalMask, &[])?;
     let scores = b.binary(BinaryOp::Add, scores, mask)?;
-    let probs = softmax(b, scores)?;
-    let y = b.op1(Op::MatMul { trans_b: false }, &[probs, kv[1]])?;
-    let y = b.op1(Op::Transpose(vec![0, 3, 1, 2, 4]), &[y])?;
-    b.op1(Op::Reshape(out), &[y])
+    softmax(b, scores)
+}
+
+fn attention(b: &mut Builder<'_>, attr: &AttnAttr, ins: &[ValueId]) -> Result<ValueId, Diag> {
+    let out = b.ty(ins[0]).shape.clone();
+    let s = split_attention(b, attr, ins)?;
+    let probs = probabilities(b, attr.scale.0, s[0], s[1])?;
+    let y = b.op1(Op::MatMul { trans_b: false }, &[probs, s[2]])?;
+    join_heads(b, y, out)
+}
+
+fn attention_grad(b: &mut Builder<'_>, attr: &AttnAttr, ins: &[ValueId]) -> Result<Vec<ValueId>, Diag> {
+    let shapes: Vec<Shape> = ins.iter().map(|&v| b.ty(v).shape.clone()).collect();
+    let s = split_attention(b, attr, ins)?;
+    let (q, k, v, dy) = (s[0], s[1], s[2], s[3]);
+    let probs = probabilities(b, attr.scale.0, q, k)?;
+    let d_probs = b.op1(Op::MatMul { trans_b: true }, &[dy, v])?;
+    let weighted = b.binary(BinaryOp::Mul, d_probs, probs)?;
+    let mean = b.op1(Op::Reduce(ReduceOp::Sum, 4), &[weighted])?;
+    let d_scores = b.binary(BinaryOp::Sub, d_probs, mean)?;
+    let d_scores = b.binary(BinaryOp::Mul, d_scores, probs)?;
+    let scale = b.scalar(attr.scale.0);
+    let d_scores = b.binary(BinaryOp::Mul, d_scores, scale)?;
+    let dq = b.op1(Op::MatMul { trans_b: false }, &[d_scores, k])?;
+    let mut outs = vec![join_heads(b, dq, shapes[0].clone())?];
+    for (left, right, shape) in [(d_scores, q, &shapes[1]), (probs, dy, &shapes[2])] {
+        let left = b.op1(Op::Transpose(vec![0, 1, 2, 4, 3]), &[left])?;
+        let y = b.op1(Op::MatMul { trans_b: false }, &[left, right])?;
+        // Every query head of a group adds to the head that they share.
+        let y = b.op1(Op::Reduce(ReduceOp::Sum, 2), &[y])?;
+        outs.push(join_heads(b, y, shape.clone())?);
+    }
+    Ok(outs)
 }
 
 fn clip(b: &mut Builder<'_>, spec: &QuantSpec, w: ValueId, bound: ValueId) -> Result<ValueId, Diag> {

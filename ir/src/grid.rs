@@ -4,6 +4,10 @@
 
 use crate::quant::{Grain, QuantSpec, Rule};
 
+mod grad;
+
+pub use grad::{FakeGrad, clip_range_grad_run, fake_grad_run};
+
 /// Least range of a weight group before it is divided by the number of steps (methods.md §1.2).
 const MIN_RANGE: f32 = 1e-5;
 /// Steps of the clip search of [`Rule::Mse`] and the exponent of its error.
@@ -27,17 +31,34 @@ struct Range {
 }
 
 impl Range {
+    #[inline(always)]
     fn of(data: &[f32]) -> Self {
-        let mut r = Range { min: f32::INFINITY, max: f32::NEG_INFINITY };
-        for &x in data {
-            r.min = r.min.min(x);
-            r.max = r.max.max(x);
+        const LANES: usize = 16;
+        if data.is_empty() {
+            return Range { min: 0.0, max: 0.0 };
         }
-        if data.is_empty() { Range { min: 0.0, max: 0.0 } } else { r }
+        let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        let (chunks, rest) = data.as_chunks::<LANES>();
+        for x in chunks {
+            for i in 0..LANES {
+                min[i] = min[i].min(x[i]);
+                max[i] = max[i].max(x[i]);
+            }
+        }
+        for (i, &x) in rest.iter().enumerate() {
+            min[i] = min[i].min(x);
+            max[i] = max[i].max(x);
+        }
+        Range { min: min.into_iter().fold(min[0], f32::min), max: max.into_iter().fold(max[0], f32::max) }
     }
 
     fn with_zero(self) -> Self {
         Range { min: self.min.min(0.0), max: self.max.max(0.0) }
+    }
+
+    /// `[-1, 1]` in place of a range that is a point.
+    fn or_unit(self) -> Self {
+        if self.min == 0.0 && self.max == 0.0 { Range { min: -1.0, max: 1.0 } } else { self }
     }
 
     fn magnitude(self) -> f32 {
@@ -47,11 +68,21 @@ impl Range {
 
 /// Chooses scale and zero point for the elements of one group (methods.md §1.1, §1.2, §1.3).
 pub fn qparam(data: &[f32], spec: QuantSpec, rule: Rule) -> QParam {
+    qparam_scaled(data, spec, rule, 1.0, 1.0)
+}
+
+/// As [`qparam`], with factors on the upper and lower end of the range, which only [`Rule::Dynamic`] heeds.
+#[inline(always)]
+pub fn qparam_scaled(data: &[f32], spec: QuantSpec, rule: Rule, hi: f32, lo: f32) -> QParam {
     let range = Range::of(data);
     match rule {
         Rule::Awq if spec.zero => awq(range, spec),
-        Rule::Awq | Rule::MinMax => minmax(range.with_zero(), spec),
+        Rule::Awq | Rule::MinMax => minmax(range.with_zero(), MIN_RANGE, spec),
         Rule::Mse => mse(data, range.with_zero(), spec).0,
+        Rule::Dynamic => {
+            let r = range.with_zero();
+            minmax(Range { min: r.min * lo, max: r.max * hi }, 0.0, spec)
+        }
     }
 }
 
@@ -65,41 +96,39 @@ fn stored(scale: f32, spec: QuantSpec) -> f32 {
     if rounded > 0.0 || scale.is_nan() { rounded } else { scale.max(f32::MIN_POSITIVE) }
 }
 
-fn minmax(range: Range, spec: QuantSpec) -> QParam {
-    let floor = if spec.grain == Grain::Token { 0.0 } else { MIN_RANGE };
+fn minmax(range: Range, floor: f32, spec: QuantSpec) -> QParam {
     if !spec.zero {
-        let m = range.magnitude().max(floor);
-        return symmetric(m, spec);
+        return symmetric(range.magnitude().max(floor), spec);
     }
-    let r = if range.min == 0.0 && range.max == 0.0 { Range { min: -1.0, max: 1.0 } } else { range };
+    let r = range.or_unit();
     asymmetric(r, (r.max - r.min).max(floor), spec)
 }
 
 fn symmetric(m: f32, spec: QuantSpec) -> QParam {
-    let steps = ((1i32 << (spec.bits - 1)) - 1) as f32;
-    let scale = if m == 0.0 { 1.0 } else { m / steps };
+    let scale = if m == 0.0 { 1.0 } else { m / steps(spec) };
     QParam { scale: stored(scale, spec), zero: 0 }
 }
 
+/// How many steps of the scale the range is cut into.
+fn steps(spec: QuantSpec) -> f32 {
+    if spec.zero { ((1i32 << spec.bits) - 1) as f32 } else { ((1i32 << (spec.bits - 1)) - 1) as f32 }
+}
+
 fn asymmetric(r: Range, width: f32, spec: QuantSpec) -> QParam {
-    let scale = stored(width / ((1i32 << spec.bits) - 1) as f32, spec);
+    let scale = stored(width / steps(spec), spec);
     let zero = (-r.min / scale).round_ties_even() as i32 + spec.qmin();
     QParam { scale, zero: zero.clamp(spec.qmin(), spec.qmax()) }
 }
 
 fn awq(range: Range, spec: QuantSpec) -> QParam {
-    let scale = stored((range.max - range.min).max(MIN_RANGE) / ((1i32 << spec.bits) - 1) as f32, spec);
+    let scale = stored((range.max - range.min).max(MIN_RANGE) / steps(spec), spec);
     let zero = -(range.min / scale).round_ties_even() as i32 + spec.qmin();
     QParam { scale, zero: zero.clamp(spec.qmin(), spec.qmax()) }
 }
 
+#[inline(always)]
 fn mse(data: &[f32], range: Range, spec: QuantSpec) -> (QParam, u32) {
-    let (m, r) = if spec.zero {
-        let r = if range.min == 0.0 && range.max == 0.0 { Range { min: -1.0, max: 1.0 } } else { range };
-        (0.0, r)
-    } else {
-        (range.magnitude().max(MIN_RANGE), range)
-    };
+    let (m, r) = (range.magnitude().max(MIN_RANGE), range.or_unit());
     let mut best = (QParam { scale: 1.0, zero: 0 }, 0, f32::INFINITY);
     for i in 0..MSE_STEPS {
         let p = 1.0 - i as f32 / 100.0;
@@ -109,13 +138,93 @@ fn mse(data: &[f32], range: Range, spec: QuantSpec) -> (QParam, u32) {
         } else {
             symmetric(p * m, spec)
         };
-        let error: f32 =
-            data.iter().map(|&x| (dequantize(quantize(x, q, spec), q) - x).abs().powf(MSE_NORM)).sum();
+        let error = mse_error(data, q, spec);
         if error < best.2 {
             best = (q, i, error);
         }
     }
     (best.0, best.1)
+}
+
+/// `sum |snap(x) - x|^2.4`, in sixteen partial sums, so that the order of additions is the same at every vector width.
+#[inline(always)]
+fn mse_error(data: &[f32], q: QParam, spec: QuantSpec) -> f32 {
+    const LANES: usize = 16;
+    let mut sums = [0.0f32; LANES];
+    let (chunks, rest) = data.as_chunks::<LANES>();
+    for x in chunks {
+        for i in 0..LANES {
+            sums[i] += pow_norm((snap(x[i], q, spec) - x[i]).abs());
+        }
+    }
+    for i in 0..rest.len() {
+        sums[i] += pow_norm((snap(rest[i], q, spec) - rest[i]).abs());
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// `x^2.4` for `x >= 0`, to about 2e-6: `x² * 2^(0.4 log2 x)` with polynomials, so that loops over it vectorize.
+#[inline(always)]
+fn pow_norm(x: f32) -> f32 {
+    const LOG2: [f32; 8] = [
+        1.442_694_9,
+        -0.721_352_76,
+        0.480_924_04,
+        -0.360_241_98,
+        0.287_075_6,
+        -0.248_821_81,
+        0.234_209_85,
+        -0.146_203_53,
+    ];
+    const EXP2: [f32; 6] =
+        [1.000_000_1, 0.693_147_2, 0.240_221_07, 0.055_503_27, 0.009_676_037, 0.001_340_043_3];
+    // Adding and taking away 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const SQRT_HALF: u32 = 0x3f35_04f3;
+    let shifted = x.to_bits().wrapping_sub(SQRT_HALF);
+    let exponent = ((shifted as i32) >> 23) as f32;
+    let t = f32::from_bits((shifted & 0x007f_ffff) + SQRT_HALF) - 1.0;
+    let log = LOG2.iter().rev().fold(0.0, |a, c| a * t + c) * t;
+    let y = (MSE_NORM - 2.0) * (exponent + log);
+    let r = y + ROUND;
+    let f = y - (r - ROUND);
+    let power = EXP2.iter().rev().fold(0.0, |a, c| a * f + c);
+    let scale = f32::from_bits(((r.to_bits() as i32 - ROUND.to_bits() as i32 + 127) << 23) as u32);
+    x * x * (power * scale)
+}
+
+/// The value that `x` becomes: `dequantize(quantize(x))`, without leaving the floats.
+#[inline(always)]
+pub fn snap(x: f32, q: QParam, spec: QuantSpec) -> f32 {
+    let zero = q.zero as f32;
+    let code = ((x / q.scale).round_ties_even() + zero).clamp(spec.qmin() as f32, spec.qmax() as f32);
+    q.scale * (code - zero)
+}
+
+/// Scale and zero point of a run from its data, and the run as they leave it.
+#[inline(always)]
+pub fn fake_run(x: &[f32], spec: QuantSpec, rule: Rule, factors: (f32, f32), y: &mut [f32]) {
+    let q = qparam_scaled(x, spec, rule, factors.0, factors.1);
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = snap(x, q, spec);
+    }
+}
+
+/// Limits a run to `[lo * min, hi * max]` of itself.
+#[inline(always)]
+pub fn clip_range_run(x: &[f32], (hi, lo): (f32, f32), y: &mut [f32]) {
+    let r = Range::of(x);
+    let (low, high) = (lo * r.min, hi * r.max);
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = x.max(low).min(high);
+    }
 }
 
 /// The code of `x`: `clamp(round(x / scale) + zero)`.
@@ -160,21 +269,24 @@ mod tests {
     #[test]
     fn per_token_golden() {
         let row = [0.5, -1.25, 2.0, 0.0, 3.1, -0.3, 0.75, -2.2];
-        for (bits, scale, zero, want) in [
-            (4, 0.353_333_35, 6, [7, 2, 12, 6, 15, 5, 8, 0]),
-            (8, 0.020_784_315, 106, [130, 46, 202, 106, 255, 92, 142, 0]),
+        for (bits, clip, scale, zero, want) in [
+            (4, 1.0, 0.353_333_35, 6, [7, 2, 12, 6, 15, 5, 8, 0]),
+            (4, 0.9, 0.317_999_96, 6, [8, 2, 12, 6, 15, 5, 8, 0]),
+            (4, 0.95, 0.335_666_66, 6, [7, 2, 12, 6, 15, 5, 8, 0]),
+            (8, 1.0, 0.020_784_315, 106, [130, 46, 202, 106, 255, 92, 142, 0]),
+            (3, 0.95, 0.719_285_67, 3, [4, 1, 6, 3, 7, 3, 4, 0]),
         ] {
             let spec = QuantSpec::asym(bits, Grain::Token);
-            let q = qparam(&row, spec, Rule::MinMax);
+            let q = qparam_scaled(&row, spec, Rule::Dynamic, clip, clip);
             assert_eq!((q.scale, q.zero), (scale, zero));
             assert_eq!(codes(&row, q, spec), want);
         }
         let row = [0.5, 1.25, 2.0, 0.25];
         let spec = QuantSpec::asym(4, Grain::Token);
-        let q = qparam(&row, spec, Rule::MinMax);
+        let q = qparam(&row, spec, Rule::Dynamic);
         assert_eq!((q.scale, q.zero), (0.133_333_34, 0));
         assert_eq!(codes(&row, q, spec), [4, 9, 15, 2]);
-        let zeros = qparam(&[0.0; 4], spec, Rule::MinMax);
+        let zeros = qparam(&[0.0; 4], spec, Rule::Dynamic);
         assert_eq!(dequantize(quantize(0.0, zeros, spec), zeros), 0.0);
     }
 
@@ -215,6 +327,30 @@ mod tests {
         assert_eq!((q.scale, q.zero), (0.038_666_67, 0));
         assert_eq!(codes(&row, q, spec), [8, 5, 3, 1, 1, 4, 7, 15]);
         assert!((dequantize(15, q) - 0.58).abs() < 1e-6);
+    }
+
+    #[test]
+    fn powers_are_close_enough_to_choose_by() {
+        assert_eq!(pow_norm(0.0), 0.0);
+        for i in 0..20_000 {
+            let x = (i as f32 * 0.002 - 20.0).exp2();
+            let want = f64::from(x).powf(2.4);
+            let gap = (f64::from(pow_norm(x)) - want).abs() / want;
+            assert!(gap < 2e-6, "{x}: off by {gap:e}");
+        }
+    }
+
+    #[test]
+    fn snapping_is_quantizing_and_back() {
+        for bits in 2..=8 {
+            for spec in [QuantSpec::asym(bits, Grain::Row), QuantSpec::sym(bits, Grain::Row)] {
+                let q = qparam(&R0, spec, Rule::MinMax);
+                for i in -400..400 {
+                    let x = i as f32 * 0.005;
+                    assert_eq!(snap(x, q, spec), dequantize(quantize(x, q, spec), q));
+                }
+            }
+        }
     }
 
     // methods.md §7.5: quantize(dequantize(codes)) gives the same codes.

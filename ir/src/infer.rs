@@ -3,8 +3,14 @@
 use crate::diag::Diag;
 use crate::module::Module;
 use crate::op::{AttnAttr, Op};
-use crate::quant::{Grain, QuantSpec, Rule};
 use crate::types::{Dim, Elem, Shape, Sym, TensorType};
+
+mod quant;
+mod transform;
+
+pub use quant::list_divisors;
+use quant::{factors, grouping, rule_fits, scale_shape, side_operands, side_types};
+use transform::{hadamard, mode_mul};
 
 type Types<'a> = &'a [&'a TensorType];
 
@@ -120,13 +126,65 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
                     ins[0]
                 )));
             }
-            if ins[1].elem != Elem::I32 || ins[1].shape.rank() != 1 || ins[1].shape.0[0] != ins[0].shape.0[1]
-            {
+            let seq = ins[1].shape.0.first().copied().filter(|_| ins[1].shape.rank() == 1);
+            // One row stands at every position.
+            let here = ins[0].shape.0[1];
+            let Some(seq) = seq.filter(|s| (*s == here || here == 1.into()) && ins[1].elem == Elem::I32)
+            else {
                 return Err(fault(format!("positions {} do not match {}", ins[1], ins[0])));
-            }
-            one(float(ins[0], &fault)?)
+            };
+            let mut ty = float(ins[0], &fault)?;
+            ty.shape.0[1] = seq;
+            one(ty)
         }
         Op::Attention(attr) => one(attention(ins, attr).map_err(fault)?),
+        Op::AttentionGrad(attr) => {
+            let out = attention(&ins[..3], attr).map_err(&fault)?;
+            if ins[3].shape != out.shape {
+                return Err(fault(format!("the gradient {} is not of the type {out}", ins[3])));
+            }
+            ins[..3].iter().map(|t| float(t, &fault)).collect()
+        }
+        Op::BroadcastLike => {
+            let elem = float(ins[0], &fault)?.elem;
+            if ins[0].shape.broadcast(&ins[1].shape).as_ref() != Some(&ins[1].shape) {
+                return Err(fault(format!("{} does not broadcast to {}", ins[0], ins[1])));
+            }
+            one(TensorType { elem, shape: ins[1].shape.clone() })
+        }
+        Op::Outer => {
+            let elem = arith(ins, &fault)?;
+            let (a, b) = (&ins[0].shape.0[..], &ins[1].shape.0[..]);
+            match (a.split_last(), b.split_last()) {
+                (Some((&m, la)), Some((&n, lb))) if la == lb && !la.is_empty() => {
+                    one(TensorType::new(elem, vec![m, n]))
+                }
+                _ => Err(fault(format!("{} and {} are not rows over the same positions", ins[0], ins[1]))),
+            }
+        }
+        Op::Inverse => match ins[0].shape.0[..] {
+            [.., a, b] if a == b => one(float(ins[0], &fault)?),
+            _ => Err(fault(format!("{} is no square matrix", ins[0]))),
+        },
+        Op::ModeMul { inner } => one(mode_mul(ins, *inner).map_err(fault)?),
+        Op::Hadamard { block, .. } => one(hadamard(ins, *block)?),
+        Op::ClipRange(spec) | Op::ClipRangeGrad(spec) => {
+            grouping(spec, ins[0])?;
+            let want = scale_shape(spec, &ins[0].shape)?;
+            if let Some(t) = ins[1..3].iter().find(|t| t.shape != want) {
+                return Err(fault(format!("factors {t} are not of the shape {want}")));
+            }
+            let elem = arith(ins, &fault)?;
+            let w = TensorType { elem, shape: ins[0].shape.clone() };
+            if matches!(op, Op::ClipRange(_)) {
+                return one(w);
+            }
+            if ins[3].shape != ins[0].shape {
+                return Err(fault(format!("the gradient {} is not of the type {}", ins[3], ins[0])));
+            }
+            let side = TensorType { elem, shape: want };
+            Ok(vec![w, side.clone(), side])
+        }
         Op::Clip(spec) => {
             grouping(spec, ins[0])?;
             let want = scale_shape(spec, &ins[0].shape)?;
@@ -138,11 +196,23 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
         Op::FakeQuant(spec, rule) => {
             grouping(spec, ins[0])?;
             rule_fits(spec, *rule)?;
+            factors(spec, *rule, ins[0], &ins[1..])?;
             one(float(ins[0], &fault)?)
+        }
+        Op::FakeQuantGrad(spec, rule) => {
+            grouping(spec, ins[0])?;
+            rule_fits(spec, *rule)?;
+            let (dy, given) = ins[1..].split_last().unwrap_or((&ins[0], &[]));
+            factors(spec, *rule, ins[0], given)?;
+            if dy.shape != ins[0].shape {
+                return Err(fault(format!("the gradient {dy} is not of the type {}", ins[0])));
+            }
+            std::iter::once(&ins[0]).chain(given).map(|t| float(t, &fault)).collect()
         }
         Op::QParams(spec, rule) => {
             grouping(spec, ins[0])?;
             rule_fits(spec, *rule)?;
+            factors(spec, *rule, ins[0], &ins[1..])?;
             Ok(side_types(spec, &ins[0].shape)?)
         }
         Op::QCast(spec) => {
@@ -172,8 +242,10 @@ fn arity(op: &Op) -> Option<std::ops::RangeInclusive<usize>> {
         | Op::Slice { .. }
         | Op::Silu
         | Op::Softmax
-        | Op::FakeQuant(..)
-        | Op::QParams(..) => 1..=1,
+        | Op::Inverse => 1..=1,
+        // With or without two factors; `factors` refuses one.
+        Op::FakeQuant(..) | Op::QParams(..) => 1..=3,
+        Op::FakeQuantGrad(..) => 2..=4,
         Op::Binary(_)
         | Op::MatMul { .. }
         | Op::Concat(_)
@@ -181,8 +253,13 @@ fn arity(op: &Op) -> Option<std::ops::RangeInclusive<usize>> {
         | Op::RmsNorm(_)
         | Op::Rope(_)
         | Op::CacheAppend
+        | Op::BroadcastLike
+        | Op::Outer
+        | Op::ModeMul { .. }
         | Op::Clip(_) => 2..=2,
-        Op::Attention(_) => 3..=3,
+        Op::Hadamard { .. } => 1..=2,
+        Op::Attention(_) | Op::ClipRange(_) => 3..=3,
+        Op::AttentionGrad(_) | Op::ClipRangeGrad(_) => 4..=4,
         Op::QCast(_) | Op::DCast => 2..=3,
     })
 }
@@ -286,79 +363,4 @@ fn element_count(shape: &Shape) -> (Option<u64>, [usize; 4]) {
         }
     }
     (n, syms)
-}
-
-fn grouping(spec: &QuantSpec, ty: &TensorType) -> Result<(), Diag> {
-    if !(2..=8).contains(&spec.bits) {
-        return Err(Diag::new("Q0201", format!("{} bits: codes have 2 to 8", spec.bits)));
-    }
-    if !ty.elem.is_float() {
-        return Err(Diag::new("Q0103", format!("{ty} is not of a float type, so it cannot be quantized")));
-    }
-    if spec.signed == spec.zero {
-        let what = if spec.zero { "signed codes with a zero point" } else { "unsigned codes without one" };
-        return Err(Diag::new("Q0204", format!("{spec}: {what}"))
-            .hint("signed codes are symmetric, unsigned ones have a zero point"));
-    }
-    if spec.grain == Grain::Row && ty.shape.rank() != 2 {
-        return Err(Diag::new("Q0103", format!("grain `row` needs a matrix, not {ty}")));
-    }
-    scale_shape(spec, &ty.shape).map(|_| ())
-}
-
-fn rule_fits(spec: &QuantSpec, rule: Rule) -> Result<(), Diag> {
-    if rule != Rule::MinMax && spec.grain == Grain::Token {
-        return Err(Diag::new("Q0206", format!("rule `{rule}` is for weights; {spec} is per token")));
-    }
-    Ok(())
-}
-
-fn scale_shape(spec: &QuantSpec, shape: &Shape) -> Result<Shape, Diag> {
-    spec.scale_shape(shape).map_err(|(g, dim)| {
-        let d = Diag::new("Q0202", format!("groups of {g} do not divide the last axis, which is {dim} long"));
-        match dim {
-            Dim::Fixed(n) => d.hint(format!("groups that do: {}", list_divisors(n, u64::from(g)))),
-            Dim::Sym(_) => d.hint("use grain `token`"),
-        }
-    })
-}
-
-/// Up to four divisors of `n` near `want`, the likeliest group sizes, largest first.
-pub fn list_divisors(n: u64, want: u64) -> String {
-    let mut all: Vec<u64> =
-        (8..=n).filter(|g| n.is_multiple_of(*g) && *g <= want.saturating_mul(4).max(64)).collect();
-    all.sort_by_key(|&g| (!(g.is_power_of_two() && g >= 16), g.abs_diff(want)));
-    all.truncate(4);
-    all.sort_unstable_by(|a, b| b.cmp(a));
-    if all.is_empty() {
-        return "none of 8 or more; use one scale a row".into();
-    }
-    all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-}
-
-fn side_types(spec: &QuantSpec, shape: &Shape) -> Result<Vec<TensorType>, Diag> {
-    let shape = scale_shape(spec, shape)?;
-    let mut v = vec![TensorType { elem: Elem::F32, shape: shape.clone() }];
-    if spec.zero {
-        v.push(TensorType { elem: Elem::U8, shape });
-    }
-    Ok(v)
-}
-
-fn side_operands(spec: &QuantSpec, shape: &Shape, sides: Types<'_>) -> Result<(), Diag> {
-    let want = side_types(spec, shape)?;
-    if sides.len() != want.len() {
-        let message = if spec.zero { "needs a zero point" } else { "has no zero point" };
-        return Err(Diag::new("Q0204", format!("{spec} {message}")));
-    }
-    for (have, want) in sides.iter().zip(&want) {
-        let same_kind = have.elem == want.elem || (have.elem.is_float() && want.elem.is_float());
-        if have.shape != want.shape || !same_kind {
-            return Err(Diag::new(
-                "Q0203",
-                format!("{have} are not the scales or zero points of {spec}: {want} are"),
-            ));
-        }
-    }
-    Ok(())
 }

@@ -8,13 +8,15 @@ use ndarray::{Array2, ArrayD, ArrayView2, Axis, IxDyn, Slice};
 
 use crate::diag::{Diag, Place};
 use crate::expand::expand_func;
-use crate::grid::{self, QParam};
 use crate::module::{Func, Module, Node, ValueId};
 use crate::op::{BinaryOp, Op, ReduceOp, UnaryOp};
-use crate::quant::{QuantSpec, Rule};
 use crate::tensor::{Data, Tensor};
 use crate::types::{DimEnv, Elem};
 use crate::weight::WeightSource;
+
+mod runs;
+
+use runs::matrix_of;
 
 /// Runs a function on tensors and gives the wanted values (by default pass `&func.results`).
 ///
@@ -155,9 +157,30 @@ fn eval(func: &Func, node: &Node, ins: &[&Tensor], dims: &DimEnv) -> Vec<Tensor>
         Op::CausalMask => ArrayD::from_shape_fn(IxDyn(&shape), |ix| {
             if ix[1] <= dims.past + ix[0] { 0.0 } else { f64::NEG_INFINITY }
         }),
-        Op::QParams(spec, rule) => return qparams(ins[0], *spec, *rule),
-        Op::QCast(spec) => return vec![qcast(ins, *spec)],
-        Op::DCast => return vec![dcast(func, node, ins)],
+        Op::BroadcastLike => {
+            let x = wide(ins[0]);
+            x.broadcast(IxDyn(&shape)).unwrap_or_else(|| unreachable!("verified shapes")).to_owned()
+        }
+        Op::Outer => {
+            let rows = |t: &Tensor| {
+                let (r, c) = matrix_of(t);
+                Array2::from_shape_vec((r, c), wide(t).into_raw_vec_and_offset().0)
+                    .unwrap_or_else(|_| unreachable!("a tensor fills its shape"))
+            };
+            rows(ins[0]).reversed_axes().dot(&rows(ins[1])).into_dyn()
+        }
+        Op::Inverse => {
+            let mut v = wide(ins[0]).into_raw_vec_and_offset().0;
+            let n = shape.last().copied().unwrap_or(1);
+            v.chunks_mut((n * n).max(1)).for_each(|m| crate::linalg::invert(m, n));
+            ArrayD::from_shape_vec(IxDyn(&shape), v).unwrap_or_else(|_| unreachable!("same shape"))
+        }
+        Op::ClipRange(spec) => return vec![runs::clip_range(ins, *spec)],
+        Op::ClipRangeGrad(spec) => return runs::clip_range_grad(ins, *spec),
+        Op::FakeQuantGrad(spec, rule) => return runs::fake_quant_grad(ins, *spec, *rule),
+        Op::QParams(spec, rule) => return runs::qparams(ins, *spec, *rule),
+        Op::QCast(spec) => return vec![runs::qcast(ins, *spec)],
+        Op::DCast => return vec![runs::dcast(func, node, ins)],
         Op::Weight(_)
         | Op::Call(_)
         | Op::Silu
@@ -165,6 +188,9 @@ fn eval(func: &Func, node: &Node, ins: &[&Tensor], dims: &DimEnv) -> Vec<Tensor>
         | Op::Softmax
         | Op::Rope(_)
         | Op::Attention(_)
+        | Op::AttentionGrad(_)
+        | Op::ModeMul { .. }
+        | Op::Hadamard { .. }
         | Op::CacheAppend
         | Op::Clip(_)
         | Op::FakeQuant(..) => unreachable!("expanded or handled by the caller"),
@@ -195,6 +221,7 @@ fn binary(op: BinaryOp, a: &ArrayD<f64>, b: &ArrayD<f64>, shape: &[usize]) -> Ar
         BinaryOp::Div => |x: f64, y: f64| x / y,
         BinaryOp::Max => f64::max,
         BinaryOp::Min => f64::min,
+        BinaryOp::Ge => |x, y| f64::from(u8::from(x >= y)),
     };
     let mut out = ArrayD::zeros(IxDyn(shape));
     ndarray::Zip::from(&mut out).and_broadcast(a).and_broadcast(b).for_each(|o, &x, &y| *o = f(x, y));
@@ -250,71 +277,4 @@ fn gather(table: &ArrayD<f64>, ids: &Tensor, shape: &[usize]) -> ArrayD<f64> {
         }
     }
     ArrayD::from_shape_vec(IxDyn(shape), out).unwrap_or_else(|_| unreachable!("verified sizes"))
-}
-
-fn floats(t: &Tensor) -> Vec<f32> {
-    match t.data() {
-        Data::F32(v) => v.clone(),
-        _ => wide(t).iter().map(|&x| x as f32).collect(),
-    }
-}
-
-fn matrix_of(t: &Tensor) -> (usize, usize) {
-    let cols = t.shape().last().copied().unwrap_or(1);
-    (t.len() / cols.max(1), cols)
-}
-
-fn qparams(x: &Tensor, spec: QuantSpec, rule: Rule) -> Vec<Tensor> {
-    let (rows, cols) = matrix_of(x);
-    let data = floats(x);
-    let groups: Vec<QParam> =
-        data.chunks(grid::run_length(spec, rows, cols)).map(|g| grid::qparam(g, spec, rule)).collect();
-    let shape = spec
-        .scale_shape(&crate::Shape::fixed(x.shape()))
-        .ok()
-        .and_then(|s| s.as_fixed())
-        .unwrap_or_else(|| unreachable!("verified grain"));
-    let mut out = vec![Tensor::f32(shape.clone(), groups.iter().map(|q| q.scale).collect())];
-    if spec.zero {
-        out.push(Tensor::new(shape, Data::U8(groups.iter().map(|q| q.zero as u8).collect())));
-    }
-    out
-}
-
-/// Scale and zero point of each run, from the operands of `qcast` or `dcast`.
-fn sides(ins: &[&Tensor]) -> Vec<QParam> {
-    let zeros: Option<&[u8]> = ins.get(1).and_then(|z| match z.data() {
-        Data::U8(v) => Some(&v[..]),
-        _ => None,
-    });
-    let zero = |i: usize| zeros.map_or(0, |z| i32::from(z[i]));
-    floats(ins[0]).iter().enumerate().map(|(i, &scale)| QParam { scale, zero: zero(i) }).collect()
-}
-
-fn qcast(ins: &[&Tensor], spec: QuantSpec) -> Tensor {
-    let (rows, cols) = matrix_of(ins[0]);
-    let run = grid::run_length(spec, rows, cols);
-    let q = sides(&ins[1..]);
-    let data = floats(ins[0]);
-    let codes = data.iter().enumerate().map(|(i, &x)| grid::quantize(x, q[i / run], spec));
-    let data = if spec.signed {
-        Data::I8(codes.map(|c| c as i8).collect())
-    } else {
-        Data::U8(codes.map(|c| c as u8).collect())
-    };
-    Tensor::new(ins[0].shape(), data)
-}
-
-fn dcast(func: &Func, node: &Node, ins: &[&Tensor]) -> Tensor {
-    let Elem::Quant(spec) = func.ty(node.ins[0]).elem else { unreachable!("verified codes") };
-    let (rows, cols) = matrix_of(ins[0]);
-    let run = grid::run_length(spec, rows, cols);
-    let q = sides(&ins[1..]);
-    let code = |i: usize| match ins[0].data() {
-        Data::I8(v) => i32::from(v[i]),
-        Data::U8(v) => i32::from(v[i]),
-        _ => 0,
-    };
-    let data = (0..ins[0].len()).map(|i| grid::dequantize(code(i), q[i / run])).collect();
-    Tensor::f32(ins[0].shape(), data)
 }

@@ -49,6 +49,8 @@ pub enum BinaryOp {
     Max,
     /// The smaller one.
     Min,
+    /// 1 where `a >= b`, else 0. It has no gradient.
+    Ge,
 }
 
 /// Reductions along one axis, which stays with size 1.
@@ -122,6 +124,12 @@ pub enum Op {
     Gather,
     /// `-> mask [S, T]`: 0 where key `j <= P + i`, else minus infinity.
     CausalMask,
+    /// `x, like -> y`: `x` repeated to the shape of `like`, as numpy broadcasts.
+    BroadcastLike,
+    /// `a [.., m], b [.., n] -> [m, n]`: the sum over all leading positions of `aᵀ b`.
+    Outer,
+    /// `m [.., l, l] -> m⁻¹`, computed in `f64`.
+    Inverse,
 
     // Large operations.
     /// `x -> x * sigmoid(x)`
@@ -130,19 +138,44 @@ pub enum Op {
     RmsNorm(Real),
     /// `x -> y` along the last axis.
     Softmax,
-    /// `x [B, S, heads * head_dim], pos [S] -> y`: rotary embedding, halves rotated.
+    /// `x [B, S, heads * head_dim], pos [S] -> y`: rotary embedding, halves rotated. One row, `[B, 1, ..]`, is repeated
+    /// at every position.
     Rope(RopeAttr),
     /// `q [B, S, H * D], k [B, T, K * D], v [B, T, K * D] -> [B, S, H * D]`, causal, grouped queries.
     Attention(AttnAttr),
     /// `past [B, P, n], new [B, S, n] -> [B, T, n]`
     CacheAppend,
+    /// `q, k, v, dy -> dq, dk, dv`: the gradient of [`Op::Attention`].
+    AttentionGrad(AttnAttr),
+    /// `x [.., n], m [l, l] or [t, l, l] -> y [.., n]`: the mode product `x (I ⊗ m ⊗ I_inner)`. The last axis is
+    /// read as `[outer, l, inner]`; each of `t` matrices serves `outer / t` neighbours.
+    ModeMul {
+        /// Elements that a row of `m` steps over.
+        inner: u64,
+    },
+    /// `x [.., n] [, signs [n]] -> y [.., n]`: each run of `block` channels times the normalized Hadamard matrix of
+    /// [`crate::hadamard`], after `x * signs`. The inverse multiplies by the transpose, then by the signs.
+    Hadamard {
+        /// Channels that are mixed; divides `n`.
+        block: u64,
+        /// The inverse transform.
+        inverse: bool,
+    },
     /// `w, bound -> y`: `w` limited to `±bound`, one bound for each run of the grain's scales.
     Clip(QuantSpec),
+    /// `w, hi, lo -> y`: `w` limited to `[lo * min, hi * max]` of each run of the grain's scales, the factors in the
+    /// shape of the scales (FlatQuant's learned weight clip).
+    ClipRange(QuantSpec),
+    /// `w, hi, lo, dy -> dw, dhi, dlo`: the gradient of [`Op::ClipRange`].
+    ClipRangeGrad(QuantSpec),
 
     // Quantization.
-    /// `x -> y`: *means* `dcast(qcast(x))` with scales from the data by the rule.
+    /// `x [, hi, lo] -> y`: *means* `dcast(qcast(x))` with scales from the data by the rule. `hi` and `lo` are factors
+    /// `[k]` on the ends of the range; the runs along a row share them evenly.
     FakeQuant(QuantSpec, Rule),
-    /// `x -> scale` or `x -> scale, zero`.
+    /// `x [, hi, lo], dy -> dx [, dhi, dlo]`: the gradient of [`Op::FakeQuant`], straight through the rounding.
+    FakeQuantGrad(QuantSpec, Rule),
+    /// `x [, hi, lo] -> scale` or `-> scale, zero`.
     QParams(QuantSpec, Rule),
     /// `x, scale [, zero] -> codes`
     QCast(QuantSpec),
@@ -169,19 +202,38 @@ impl UnaryOp {
 }
 
 impl BinaryOp {
-    const TABLE: [(&'static str, BinaryOp); 6] = [
+    const TABLE: [(&'static str, BinaryOp); 7] = [
         ("add", BinaryOp::Add),
         ("sub", BinaryOp::Sub),
         ("mul", BinaryOp::Mul),
         ("div", BinaryOp::Div),
         ("max", BinaryOp::Max),
         ("min", BinaryOp::Min),
+        ("ge", BinaryOp::Ge),
     ];
 }
 
 impl ReduceOp {
     const TABLE: [(&'static str, ReduceOp); 3] =
         [("reduce.sum", ReduceOp::Sum), ("reduce.mean", ReduceOp::Mean), ("reduce.max", ReduceOp::Max)];
+}
+
+impl AttnAttr {
+    fn attrs(&self) -> Vec<(&'static str, Attr)> {
+        vec![
+            ("heads", Attr::Int(i64::from(self.heads))),
+            ("kv_heads", Attr::Int(i64::from(self.kv_heads))),
+            ("scale", Attr::Real(self.scale)),
+        ]
+    }
+
+    fn from_attrs(a: &mut AttrReader<'_>) -> Result<Self, String> {
+        Ok(AttnAttr {
+            heads: a.int("heads")? as u32,
+            kv_heads: a.int("kv_heads")? as u32,
+            scale: a.real("scale")?,
+        })
+    }
 }
 
 fn word_of<T: PartialEq + Copy>(table: &[(&'static str, T)], op: T) -> &'static str {
@@ -234,17 +286,22 @@ impl Op {
             Op::RmsNorm(eps) => ("rms_norm", vec![("eps", Attr::Real(*eps))]),
             Op::Softmax => ("softmax", vec![]),
             Op::Rope(r) => ("rope", r.attrs()),
-            Op::Attention(a) => (
-                "attention",
-                vec![
-                    ("heads", Attr::Int(i64::from(a.heads))),
-                    ("kv_heads", Attr::Int(i64::from(a.kv_heads))),
-                    ("scale", Attr::Real(a.scale)),
-                ],
+            Op::Attention(a) => ("attention", a.attrs()),
+            Op::AttentionGrad(a) => ("attention.grad", a.attrs()),
+            Op::BroadcastLike => ("broadcast_like", vec![]),
+            Op::Outer => ("outer", vec![]),
+            Op::Inverse => ("inverse", vec![]),
+            Op::ModeMul { inner } => ("mode_mul", vec![("inner", Attr::Int(*inner as i64))]),
+            Op::Hadamard { block, inverse } => (
+                if *inverse { "hadamard.inverse" } else { "hadamard" },
+                vec![("block", Attr::Int(*block as i64))],
             ),
             Op::CacheAppend => ("cache_append", vec![]),
             Op::Clip(q) => ("clip", vec![("q", Attr::Spec(*q))]),
+            Op::ClipRange(q) => ("clip_range", vec![("q", Attr::Spec(*q))]),
+            Op::ClipRangeGrad(q) => ("clip_range.grad", vec![("q", Attr::Spec(*q))]),
             Op::FakeQuant(q, r) => ("fake_quant", quant(q, r)),
+            Op::FakeQuantGrad(q, r) => ("fake_quant.grad", quant(q, r)),
             Op::QParams(q, r) => ("qparams", quant(q, r)),
             Op::QCast(q) => ("qcast", vec![("q", Attr::Spec(*q))]),
             Op::DCast => ("dcast", vec![]),
@@ -277,14 +334,20 @@ impl Op {
             "rms_norm" => Op::RmsNorm(a.real("eps")?),
             "softmax" => Op::Softmax,
             "rope" => Op::Rope(RopeAttr::from_attrs(&mut a)?),
-            "attention" => Op::Attention(AttnAttr {
-                heads: a.int("heads")? as u32,
-                kv_heads: a.int("kv_heads")? as u32,
-                scale: a.real("scale")?,
-            }),
+            "attention" => Op::Attention(AttnAttr::from_attrs(&mut a)?),
+            "attention.grad" => Op::AttentionGrad(AttnAttr::from_attrs(&mut a)?),
+            "broadcast_like" => Op::BroadcastLike,
+            "outer" => Op::Outer,
+            "inverse" => Op::Inverse,
+            "mode_mul" => Op::ModeMul { inner: a.int("inner")? as u64 },
+            "hadamard" => Op::Hadamard { block: a.int("block")? as u64, inverse: false },
+            "hadamard.inverse" => Op::Hadamard { block: a.int("block")? as u64, inverse: true },
             "cache_append" => Op::CacheAppend,
             "clip" => Op::Clip(a.spec("q")?),
+            "clip_range" => Op::ClipRange(a.spec("q")?),
+            "clip_range.grad" => Op::ClipRangeGrad(a.spec("q")?),
             "fake_quant" => Op::FakeQuant(a.spec("q")?, a.rule()?),
+            "fake_quant.grad" => Op::FakeQuantGrad(a.spec("q")?, a.rule()?),
             "qparams" => Op::QParams(a.spec("q")?, a.rule()?),
             "qcast" => Op::QCast(a.spec("q")?),
             "dcast" => Op::DCast,

@@ -156,6 +156,9 @@ pub enum Rule {
     Awq,
     /// `MinMax` with both ends shrunk together to the least `sum |error|^2.4` over 80 steps (GPTQ's `mse`).
     Mse,
+    /// Range of the data with zero included, without a least scale; its ends may carry factors. For values that are
+    /// quantized when the function runs (methods.md §1.1).
+    Dynamic,
 }
 
 impl fmt::Display for Rule {
@@ -164,6 +167,7 @@ impl fmt::Display for Rule {
             Rule::MinMax => "minmax",
             Rule::Awq => "awq",
             Rule::Mse => "mse",
+            Rule::Dynamic => "dynamic",
         })
     }
 }
@@ -175,6 +179,7 @@ impl std::str::FromStr for Rule {
             "minmax" => Ok(Rule::MinMax),
             "awq" => Ok(Rule::Awq),
             "mse" => Ok(Rule::Mse),
+            "dynamic" => Ok(Rule::Dynamic),
             _ => Err(()),
         }
     }

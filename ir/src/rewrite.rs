@@ -94,14 +94,22 @@ pub fn extract(
     Ok(b.finish(&results))
 }
 
-/// The function with every fake quantization and clip taken out: what it computes when quantizers are the identity.
+/// The function with every fake quantization and clip, and every rounding of a value that is not computed from weights
+/// alone, taken out: what it computes when quantizers are the identity.
 ///
 /// # Errors
 /// Only if the function breaks a type rule already.
 pub fn without_quantizers(module: &Module, func: &Func) -> Result<Func, Diag> {
+    let derived = func.weight_derived();
+    let mut casts: HashMap<ValueId, ValueId> = HashMap::new();
     rewrite(module, func, |_, node, ins| {
         Ok(match node.op {
-            Op::FakeQuant(..) | Op::Clip(_) => Some(vec![ins[0]]),
+            Op::FakeQuant(..) | Op::Clip(_) | Op::ClipRange(_) => Some(vec![ins[0]]),
+            Op::QCast(_) if !derived[node.ins[0].0 as usize] => {
+                casts.insert(node.outs[0], ins[0]);
+                None
+            }
+            Op::DCast => casts.get(&node.ins[0]).map(|&x| vec![x]),
             _ => None,
         })
     })

@@ -353,7 +353,7 @@ fn evaluation(
 /// The weight before clips: what rounding should come near to.
 fn float_weight(f: &Func, v: ValueId) -> ValueId {
     match f.def_node(v) {
-        Some(n) if matches!(n.op, Op::Clip(_)) => n.ins[0],
+        Some(n) if matches!(n.op, Op::Clip(_) | Op::ClipRange(_)) => n.ins[0],
         _ => v,
     }
 }

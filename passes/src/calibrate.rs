@@ -3,7 +3,7 @@
 use qrmc_ir::{EngineError, FuncId, Hash, Tensor, print_func};
 
 use crate::pass::{LayerLoss, PassCx, PassError};
-use crate::unit::Unit;
+use crate::unit::{Kept, Unit};
 
 /// Tokens that run through a layer at a time. A constant: sums over batches must not depend on the machine.
 const BATCH_TOKENS: usize = 1024;
@@ -42,7 +42,7 @@ impl Calibration {
 }
 
 /// Keeps the results of finished steps by key, so that a run that was killed goes on where it was.
-pub trait StepStore {
+pub trait StepStore: Send + Sync {
     /// The tensors kept under a key; `None` if there are none or they are damaged.
     fn get(&self, key: &Hash) -> Option<Vec<(String, Tensor)>>;
 
@@ -54,6 +54,11 @@ pub trait StepStore {
 
     /// Forgets a key.
     fn forget(&self, key: &Hash);
+
+    /// Whether what was put can be got again for as long as the module is worked on.
+    fn keeps(&self) -> bool {
+        true
+    }
 }
 
 /// Keeps nothing.
@@ -68,6 +73,9 @@ impl StepStore for NoStore {
         Ok(())
     }
     fn forget(&self, _key: &Hash) {}
+    fn keeps(&self) -> bool {
+        false
+    }
 }
 
 /// One layer during calibration.
@@ -78,7 +86,7 @@ pub struct LayerRun<'a> {
     pub total: usize,
     /// Its function.
     pub func: FuncId,
-    /// The residual stream before the layer, in batches `[B, S, hidden]`, as the float model computes it.
+    /// The residual stream before the layer, in batches `[B, S, hidden]`.
     pub stream: &'a [Tensor],
 }
 
@@ -122,7 +130,16 @@ pub(crate) fn observe(
 
 type Work<'a> =
     dyn FnMut(&Unit, &mut PassCx<'_>, &LayerRun<'_>) -> Result<(LayerResult, Vec<Tensor>), PassError> + 'a;
-type Apply<'a> = dyn FnMut(&mut Unit, FuncId, LayerResult) -> Result<(), PassError> + 'a;
+type Apply<'a> = dyn FnMut(&mut Unit, FuncId, LayerResult, &Kept) -> Result<(), PassError> + 'a;
+
+/// Which layers the residual stream of a walk has passed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stream {
+    /// The layers as they were before the pass.
+    Before,
+    /// The layers as the pass leaves them.
+    After,
+}
 
 /// Streams the calibration text through the layers. For each layer, `work` computes named tensors from the layer and
 /// its inputs, and the stream behind it; `apply` puts the tensors into the unit. Results are kept in the store under a
@@ -130,7 +147,7 @@ type Apply<'a> = dyn FnMut(&mut Unit, FuncId, LayerResult) -> Result<(), PassErr
 pub(crate) fn walk_layers(
     unit: &mut Unit,
     cx: &mut PassCx<'_>,
-    pass: &str,
+    (pass, source): (&str, Stream),
     work: &mut Work<'_>,
     apply: &mut Apply<'_>,
 ) -> Result<(), PassError> {
@@ -146,7 +163,7 @@ pub(crate) fn walk_layers(
         cx.source_key.as_bytes(),
         pass.as_bytes(),
         &calibration.hash().0,
-        weights_hash(unit).hex().as_bytes(),
+        unit.weights.hash().hex().as_bytes(),
         unit.module
             .find_func("embed")
             .map(|f| print_func(&unit.module, unit.module.func(f)))
@@ -160,8 +177,10 @@ pub(crate) fn walk_layers(
             key
         })
         .collect();
+    let store = cx.store.clone();
+    let kept = |key: &Hash| Kept { store: store.clone(), key: *key };
     let stream_key = |k: &Hash| Hash::of([&k.0[..], b"stream"]);
-    // The layers of the module as it was: their float function is what the stream goes through.
+    // The layers of the module as it was.
     let before = unit.clone();
     let mut stream: Option<Vec<Tensor>> = None;
     for (index, &func) in layers.iter().enumerate() {
@@ -169,7 +188,7 @@ pub(crate) fn walk_layers(
             return Err(PassError::Interrupted);
         }
         if let Some(found) = cx.store.get(&keys[index]) {
-            apply(unit, func, report_losses(cx, name, index, found))?;
+            apply(unit, func, report_losses(cx, name, index, found), &kept(&keys[index]))?;
             cx.report.progress(name, index + 1, layers.len(), "kept from before");
             // The stream behind the last finished layer was kept; only the first unfinished layer asks for it.
             stream = None;
@@ -177,7 +196,10 @@ pub(crate) fn walk_layers(
         }
         let inputs = match stream.take() {
             Some(s) => s,
-            None => recover_stream(&before, cx, calibration, &layers, index, &keys, stream_key)?,
+            None => {
+                let of = if source == Stream::Before { &before } else { &*unit };
+                recover_stream(of, cx, calibration, &layers[..index], &keys[..index], stream_key)?
+            }
         };
         let run = LayerRun { index, total: layers.len(), func, stream: &inputs };
         let (result, next) = work(unit, cx, &run)?;
@@ -189,7 +211,7 @@ pub(crate) fn walk_layers(
         if index > 0 {
             cx.store.forget(&stream_key(&keys[index - 1]));
         }
-        apply(unit, func, report_losses(cx, name, index, result))?;
+        apply(unit, func, report_losses(cx, name, index, result), &kept(&keys[index]))?;
         cx.report.progress(name, index + 1, layers.len(), "");
         stream = Some(next);
     }
@@ -212,27 +234,16 @@ fn report_losses(cx: &mut PassCx<'_>, pass: &str, layer: usize, result: LayerRes
     rest
 }
 
-/// Identity of the tensors that earlier passes have made.
-fn weights_hash(unit: &Unit) -> Hash {
-    let mut h = Hash::of([]);
-    for (name, t) in unit.weights.own() {
-        let bytes = t.to_le_bytes(t.elem()).unwrap_or_default();
-        h = Hash::of([&h.0[..], name.as_bytes(), &bytes]);
-    }
-    h
-}
-
-/// The stream before layer `index`: kept, or computed from the tokens.
+/// The stream behind these layers: kept, or computed from the tokens.
 fn recover_stream(
     unit: &Unit,
     cx: &mut PassCx<'_>,
     calibration: &Calibration,
     layers: &[FuncId],
-    index: usize,
     keys: &[Hash],
     stream_key: impl Fn(&Hash) -> Hash,
 ) -> Result<Vec<Tensor>, PassError> {
-    if let Some(kept) = index.checked_sub(1).and_then(|i| cx.store.get(&stream_key(&keys[i]))) {
+    if let Some(kept) = keys.last().and_then(|key| cx.store.get(&stream_key(key))) {
         return Ok(kept.into_iter().map(|(_, t)| t).collect());
     }
     let embed = unit.module.find_func("embed").map(|f| unit.module.func(f));
@@ -244,13 +255,13 @@ fn recover_stream(
     for ids in calibration.batches() {
         stream.append(&mut embed.run(&[&ids])?);
     }
-    for &f in &layers[..index] {
+    for &f in layers {
         stream = advance(unit, cx, f, stream)?;
     }
     Ok(stream)
 }
 
-/// The stream behind a layer of the float model.
+/// The stream behind a layer, with quantizers as the identity.
 fn advance(
     unit: &Unit,
     cx: &PassCx<'_>,

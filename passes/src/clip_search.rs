@@ -8,7 +8,7 @@ use qrmc_ir::{
     Tensor, TensorType, ValueId, extract, rewrite,
 };
 
-use crate::calibrate::{LayerResult, LayerRun, observe, walk_layers};
+use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
 use crate::edges::{linears, role};
 use crate::options::{OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
@@ -55,7 +55,7 @@ impl Pass for ClipSearch {
         let o = self.0.clone();
         let name = self.call().to_string();
         let mut work = |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| search_layer(&o, unit, cx, run);
-        walk_layers(unit, cx, &name, &mut work, &mut insert)
+        walk_layers(unit, cx, (&name, Stream::Before), &mut work, &mut |u, f, r, _| insert(u, f, r))
     }
 }
 

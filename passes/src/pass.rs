@@ -77,7 +77,7 @@ pub struct PassCx<'a> {
     /// Calibration text, if any was given.
     pub calibration: Option<&'a Calibration>,
     /// Finished steps of this and earlier runs.
-    pub store: &'a dyn StepStore,
+    pub store: std::sync::Arc<dyn StepStore>,
     /// Identity of the source checkpoint and of this compiler, for the keys of steps.
     pub source_key: String,
     /// Progress and losses.
@@ -142,11 +142,15 @@ pub trait Pass {
 /// How far a module is, by its operations.
 pub(crate) fn stage_of(module: &Module) -> Stage {
     let mut stage = Stage::Float;
-    for node in module.funcs.iter().flat_map(|f| &f.nodes) {
-        match node.op {
-            qrmc_ir::Op::DCast => return Stage::Rounded,
-            qrmc_ir::Op::FakeQuant(..) => stage = Stage::Annotated,
-            _ => {}
+    for f in &module.funcs {
+        let derived = f.weight_derived();
+        for node in &f.nodes {
+            match node.op {
+                // Codes of a value that is known only when the function runs are an annotation.
+                qrmc_ir::Op::DCast if derived[node.outs[0].0 as usize] => return Stage::Rounded,
+                qrmc_ir::Op::DCast | qrmc_ir::Op::FakeQuant(..) => stage = Stage::Annotated,
+                _ => {}
+            }
         }
     }
     stage

@@ -15,7 +15,7 @@ use qrmc_ir::{
 };
 
 use crate::annotate::check_group;
-use crate::calibrate::{LayerResult, LayerRun, observe, walk_layers};
+use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
 use crate::edges::{Linear, linears};
 use crate::options::{Bits, Group, OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
@@ -70,7 +70,7 @@ impl Pass for Scale {
         let name = self.call().to_string();
         let mut work =
             |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| search_layer(&options, unit, cx, run);
-        walk_layers(unit, cx, &name, &mut work, &mut insert)
+        walk_layers(unit, cx, (&name, Stream::Before), &mut work, &mut |u, f, r, _| insert(u, f, r))
     }
 }
 

@@ -86,7 +86,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
             (Some(calibration), Some(text))
         }
     };
-    let store = DiskStore::new(args.cache.clone().unwrap_or_else(|| output.steps()));
+    let store = Arc::new(DiskStore::new(args.cache.clone().unwrap_or_else(|| output.steps())));
     let mut report = Reporter { ui, stop: stop.clone(), losses: Vec::new(), flops: 0.0 };
     let mut unit = Unit::new(model.module.clone(), model.weights.clone());
     let calibrating = Instant::now();
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         let mut cx = PassCx {
             engine: &engine,
             calibration: calibration.as_ref(),
-            store: &store,
+            store,
             source_key: format!("{} {}", env!("CARGO_PKG_VERSION"), source.hash),
             report: &mut report,
         };

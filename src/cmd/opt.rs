@@ -114,7 +114,7 @@ pub(crate) fn run(args: &OptArgs, ui: &Ui) -> Result<(), Failure> {
     let mut cx = PassCx {
         engine: &engine,
         calibration: None,
-        store: &NoStore,
+        store: Arc::new(NoStore),
         source_key: String::new(),
         report: &mut silent,
     };

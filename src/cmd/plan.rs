@@ -95,7 +95,7 @@ fn shape_after(model: &Model, pipeline: &Pipeline) -> Result<Module, Failure> {
     let mut cx = qrmc_passes::PassCx {
         engine: &engine,
         calibration: None,
-        store: &qrmc_passes::NoStore,
+        store: std::sync::Arc::new(qrmc_passes::NoStore),
         source_key: String::new(),
         report: &mut silent,
     };

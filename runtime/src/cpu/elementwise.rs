@@ -1,27 +1,12 @@
 //! Elementwise arithmetic with numpy-style broadcasting. Same bits on every instruction set.
 
+pub use qrmc_ir::BinaryOp;
+
 use super::pool::Pool;
 use super::simd::{self, Isa, Kernel, Lanes};
 
 /// Elements that one task computes.
 const CHUNK: usize = 16 * 1024;
-
-/// An operation on two numbers.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum BinaryOp {
-    /// `a + b`
-    Add,
-    /// `a - b`
-    Sub,
-    /// `a * b`
-    Mul,
-    /// `a / b`
-    Div,
-    /// The smaller; NaN if either is.
-    Min,
-    /// The larger; NaN if either is.
-    Max,
-}
 
 /// An operation on one number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -108,6 +93,7 @@ pub fn binary(
                 BinaryOp::Div => isa.run(Zip(a, b, out, Div)),
                 BinaryOp::Min => isa.run(Zip(a, b, out, Min)),
                 BinaryOp::Max => isa.run(Zip(a, b, out, Max)),
+                BinaryOp::Ge => isa.run(Zip(a, b, out, Ge)),
             }
         });
     });
@@ -221,6 +207,7 @@ ops! {
     Div: Op2(a, b) = a / b;
     Min: Op2(a, b) = simd::min(a, b);
     Max: Op2(a, b) = simd::max(a, b);
+    Ge: Op2(a, b) = if a >= b { 1.0 } else { 0.0 };
     SiluMul: Op2(gate, up) = simd::silu(gate) * up;
 }
 
@@ -271,8 +258,15 @@ mod tests {
     use super::super::testing::{bits, close, noise, pools};
     use super::*;
 
-    const BINARY: [BinaryOp; 6] =
-        [BinaryOp::Add, BinaryOp::Sub, BinaryOp::Mul, BinaryOp::Div, BinaryOp::Min, BinaryOp::Max];
+    const BINARY: [BinaryOp; 7] = [
+        BinaryOp::Add,
+        BinaryOp::Sub,
+        BinaryOp::Mul,
+        BinaryOp::Div,
+        BinaryOp::Min,
+        BinaryOp::Max,
+        BinaryOp::Ge,
+    ];
 
     fn naive(op: BinaryOp, a: f32, b: f32) -> f32 {
         match op {
@@ -282,6 +276,7 @@ mod tests {
             BinaryOp::Div => a / b,
             BinaryOp::Min => a.min(b),
             BinaryOp::Max => a.max(b),
+            BinaryOp::Ge => f32::from(u8::from(a >= b)),
         }
     }
 

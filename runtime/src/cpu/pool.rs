@@ -78,6 +78,26 @@ impl Pool {
         }
     }
 
+    /// As [`Pool::for_chunks`], with the values of `f` in the order of the chunks.
+    ///
+    /// # Panics
+    /// If `chunk_len` is 0.
+    pub fn map_chunks<T: Send, R: Send>(
+        &self,
+        out: &mut [T],
+        chunk_len: usize,
+        f: impl Fn(usize, &mut [T]) -> R + Sync,
+    ) -> Vec<R> {
+        assert!(chunk_len > 0, "chunks of no element");
+        match &self.inner {
+            Some(pool) if out.len() > chunk_len => pool.install(|| {
+                let chunks = out.par_chunks_mut(chunk_len).enumerate().with_max_len(1);
+                chunks.map(|(i, c)| f(i, c)).collect()
+            }),
+            _ => out.chunks_mut(chunk_len).enumerate().map(|(i, c)| f(i, c)).collect(),
+        }
+    }
+
     /// Calls `f` once for each index below `count`.
     pub fn for_each(&self, count: usize, f: impl Fn(usize) + Sync) {
         match &self.inner {

@@ -330,9 +330,15 @@ impl State<'_, '_> {
             ins.push(self.operand(*arg, ty)?);
         }
         match &step.kernel {
-            Kernel::Op(op @ (Op::QParams(..) | Op::QCast(_) | Op::DCast)) => {
-                quantize::run(m, op, &step.ins, &ins, outs)
-            }
+            Kernel::Op(
+                op @ (Op::QParams(..)
+                | Op::QCast(_)
+                | Op::DCast
+                | Op::FakeQuant(..)
+                | Op::FakeQuantGrad(..)
+                | Op::ClipRange(_)
+                | Op::ClipRangeGrad(_)),
+            ) => quantize::run(m, op, &step.ins, &ins, outs),
             _ => prims::run(m, &step.kernel, &self.dims, &ins, &mut outs[0]),
         }
     }

@@ -1,6 +1,6 @@
 //! Kernels that read dense operands.
 
-use qrmc_ir::{BinaryOp, Data, Dim, DimEnv, EngineError, Op, ReduceOp, RopeAttr, Sym, UnaryOp};
+use qrmc_ir::{Data, Dim, DimEnv, EngineError, Op, ReduceOp, RopeAttr, Sym, UnaryOp};
 use qrmc_lowering::Kernel;
 
 use super::Machine;
@@ -61,7 +61,7 @@ pub(super) fn run(
             Op::Binary(b) => {
                 let (x, y) = (ins[0].widened()?, ins[1].widened()?);
                 let shapes = (&ins[0].shape[..], &ins[1].shape[..]);
-                cpu::binary(pool, isa, binary_op(*b), (&x, shapes.0), (&y, shapes.1), floats(out)?);
+                cpu::binary(pool, isa, *b, (&x, shapes.0), (&y, shapes.1), floats(out)?);
                 Ok(())
             }
             Op::Reduce(r, axis) => reduce(m, *r, usize::from(*axis), &ins[0], out),
@@ -105,12 +105,30 @@ pub(super) fn run(
                 }
                 Ok(())
             }
+            Op::BroadcastLike => broadcast(&ins[0], out),
+            Op::Outer => outer(m, ins, out),
+            Op::Inverse => {
+                let n = out_shape.last().copied().unwrap_or(1);
+                let x = ins[0].widened()?;
+                for (y, x) in floats(out)?.chunks_mut((n * n).max(1)).zip(x.chunks((n * n).max(1))) {
+                    let mut wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+                    qrmc_ir::linalg::invert(&mut wide, n);
+                    y.iter_mut().zip(wide).for_each(|(y, x)| *y = x as f32);
+                }
+                Ok(())
+            }
             Op::Reshape(_)
             | Op::Weight(_)
             | Op::Call(_)
             | Op::Attention(_)
+            | Op::AttentionGrad(_)
+            | Op::ModeMul { .. }
+            | Op::Hadamard { .. }
             | Op::Clip(_)
+            | Op::ClipRange(_)
+            | Op::ClipRangeGrad(_)
             | Op::FakeQuant(..)
+            | Op::FakeQuantGrad(..)
             | Op::QParams(..)
             | Op::QCast(_)
             | Op::DCast => {
@@ -122,17 +140,6 @@ pub(super) fn run(
 
 fn split(shape: &[usize], axis: usize) -> (usize, usize) {
     (shape[..axis].iter().product(), shape[axis + 1..].iter().product())
-}
-
-fn binary_op(b: BinaryOp) -> cpu::BinaryOp {
-    match b {
-        BinaryOp::Add => cpu::BinaryOp::Add,
-        BinaryOp::Sub => cpu::BinaryOp::Sub,
-        BinaryOp::Mul => cpu::BinaryOp::Mul,
-        BinaryOp::Div => cpu::BinaryOp::Div,
-        BinaryOp::Max => cpu::BinaryOp::Max,
-        BinaryOp::Min => cpu::BinaryOp::Min,
-    }
 }
 
 fn unary(m: &Machine, op: UnaryOp, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
@@ -307,6 +314,36 @@ fn rope(m: &Machine, attr: &RopeAttr, ins: &[In<'_>], out: &mut Out) -> Result<(
     }
     let heads = ins[0].shape[2] / d;
     cpu::rope(&m.pool, m.isa, ins[0].f32()?, heads, d, &tables[0], &tables[1], floats(out)?);
+    Ok(())
+}
+
+/// `aᵀ b` over all leading positions.
+fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let (rows, cols) = (out.0[0], out.0[1]);
+    let (a, b) = (ins[0].f32()?, ins[1].f32()?);
+    let count = a.len() / rows.max(1);
+    let (a, b) = (MatRef::new(a, count, rows), MatRef::new(b, count, cols));
+    cpu::matmul(&m.pool, m.isa, a.t(), b, floats(out)?, cols);
+    Ok(())
+}
+
+/// Repeats elements along the axes that have size 1, or are not there.
+fn broadcast(x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+    let shape = out.0.clone();
+    let (data, y) = (x.widened()?, floats(out)?);
+    let skip = shape.len() - x.shape.len();
+    let n = shape.last().copied().unwrap_or(1).max(1);
+    let single = x.shape.last().is_none_or(|m| *m != n);
+    let width = if single { 1 } else { n };
+    let lead = &shape[..shape.len().saturating_sub(1)];
+    let dims = &x.shape[..lead.len().saturating_sub(skip)];
+    for (r, y) in y.chunks_mut(n).enumerate() {
+        let at = broadcast_index(r, lead, dims) * width;
+        match single {
+            true => y.fill(data[at]),
+            false => y.copy_from_slice(&data[at..at + n]),
+        }
+    }
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Choosing scales and codes, and back: [`qrmc_ir::grid`] over the rows of a tensor, on all threads.
 
-use qrmc_ir::grid::{self, QParam};
-use qrmc_ir::{Data, Elem, EngineError, Op, QuantSpec, TensorType};
+use qrmc_ir::grid::{self, FakeGrad, QParam};
+use qrmc_ir::{Data, Elem, EngineError, Op, QuantSpec, Rule, TensorType};
 use qrmc_lowering::Arg;
 
 use super::Machine;
@@ -24,6 +24,7 @@ pub(super) fn run(
     let run_of = |spec: QuantSpec| grid::run_length(spec, rows, cols);
     match op {
         Op::QParams(spec, rule) => {
+            let factors = Factors::of(&ins[1..], cols, run_of(*spec))?;
             let (run, x) = (run_of(*spec), ins[0].widened()?);
             let (scales, rest) = outs.split_at_mut(1);
             let scales = floats(&mut scales[0])?;
@@ -36,7 +37,13 @@ pub(super) fn run(
             let chosen: Vec<Vec<QParam>> = m.pool.map(groups.div_ceil(per_task), |task| {
                 let from = task * per_task * run;
                 let to = x.len().min(from + per_task * run);
-                x[from..to].chunks(run).map(|g| grid::qparam(g, *spec, *rule)).collect()
+                m.isa.run(Params {
+                    x: &x[from..to],
+                    first: task * per_task,
+                    factors: &factors,
+                    spec: *spec,
+                    rule: *rule,
+                })
             });
             for (i, q) in chosen.iter().flatten().enumerate() {
                 scales[i] = q.scale;
@@ -94,8 +101,207 @@ pub(super) fn run(
             });
             Ok(())
         }
+        Op::FakeQuant(spec, rule) => {
+            let (x, run) = (ins[0].widened()?, run_of(*spec));
+            let factors = Factors::of(&ins[1..], cols, run)?;
+            let per_task = (CHUNK / run).max(1);
+            m.pool.for_chunks(floats(&mut outs[0])?, per_task * run, |c, y| {
+                let (x, first) = (&x[c * per_task * run..][..y.len()], c * per_task);
+                m.isa.run(Fake { x, y, first, factors: &factors, spec: *spec, rule: *rule });
+            });
+            Ok(())
+        }
+        Op::FakeQuantGrad(spec, rule) => fake_quant_grad(m, (*spec, *rule), run_of(*spec), ins, outs),
+        Op::ClipRange(spec) => {
+            let (x, run) = (ins[0].widened()?, run_of(*spec));
+            let sides = (ins[1].widened()?, ins[2].widened()?);
+            let per_task = (CHUNK / run).max(1);
+            m.pool.for_chunks(floats(&mut outs[0])?, per_task * run, |c, y| {
+                let (x, first) = (&x[c * per_task * run..][..y.len()], c * per_task);
+                m.isa.run(Clip { x, y, run, hi: &sides.0[first..], lo: &sides.1[first..] });
+            });
+            Ok(())
+        }
+        Op::ClipRangeGrad(spec) => clip_range_grad(m, run_of(*spec), ins, outs),
         _ => Err(wrong_kind()),
     }
+}
+
+/// Factors on the ends of the ranges of runs.
+struct Factors<'a> {
+    hi: std::borrow::Cow<'a, [f32]>,
+    lo: std::borrow::Cow<'a, [f32]>,
+    run: usize,
+    per_row: usize,
+}
+
+impl<'a> Factors<'a> {
+    fn of(given: &[In<'a>], cols: usize, run: usize) -> Result<Self, EngineError> {
+        let (hi, lo) = match given {
+            [hi, lo, ..] => (hi.widened()?, lo.widened()?),
+            _ => (vec![1.0].into(), vec![1.0].into()),
+        };
+        Ok(Factors { hi, lo, run, per_row: (cols / run.max(1)).max(1) })
+    }
+
+    /// Which factor a run has.
+    #[inline(always)]
+    fn index(&self, run: usize) -> usize {
+        run % self.per_row * self.hi.len() / self.per_row
+    }
+
+    #[inline(always)]
+    fn at(&self, run: usize) -> (f32, f32) {
+        let i = self.index(run);
+        (self.hi[i], self.lo[i])
+    }
+}
+
+struct Params<'a> {
+    x: &'a [f32],
+    first: usize,
+    factors: &'a Factors<'a>,
+    spec: QuantSpec,
+    rule: Rule,
+}
+
+impl Kernel for Params<'_> {
+    type Output = Vec<QParam>;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> Vec<QParam> {
+        let mut out = Vec::with_capacity(self.x.len() / self.factors.run);
+        for (i, x) in self.x.chunks(self.factors.run).enumerate() {
+            let (hi, lo) = self.factors.at(self.first + i);
+            out.push(grid::qparam_scaled(x, self.spec, self.rule, hi, lo));
+        }
+        out
+    }
+}
+
+struct Fake<'a> {
+    x: &'a [f32],
+    y: &'a mut [f32],
+    first: usize,
+    factors: &'a Factors<'a>,
+    spec: QuantSpec,
+    rule: Rule,
+}
+
+impl Kernel for Fake<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let run = self.factors.run;
+        for (i, (x, y)) in self.x.chunks(run).zip(self.y.chunks_mut(run)).enumerate() {
+            grid::fake_run(x, self.spec, self.rule, self.factors.at(self.first + i), y);
+        }
+    }
+}
+
+struct Clip<'a> {
+    x: &'a [f32],
+    y: &'a mut [f32],
+    run: usize,
+    hi: &'a [f32],
+    lo: &'a [f32],
+}
+
+impl Kernel for Clip<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        for (i, (x, y)) in self.x.chunks(self.run).zip(self.y.chunks_mut(self.run)).enumerate() {
+            grid::clip_range_run(x, (self.hi[i], self.lo[i]), y);
+        }
+    }
+}
+
+/// What the gradient of runs works on; the gradients of the factors come back by run.
+struct Grad<'a> {
+    x: &'a [f32],
+    dy: &'a [f32],
+    dx: &'a mut [f32],
+    first: usize,
+    how: How<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum How<'a> {
+    Fake(&'a Factors<'a>, QuantSpec, Rule),
+    Clip { run: usize, hi: &'a [f32], lo: &'a [f32] },
+}
+
+impl Kernel for Grad<'_> {
+    type Output = Vec<FakeGrad>;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> Vec<FakeGrad> {
+        let run = match self.how {
+            How::Fake(f, ..) => f.run,
+            How::Clip { run, .. } => run,
+        };
+        let mut out = Vec::with_capacity(self.x.len() / run);
+        for (i, ((x, dy), dx)) in
+            self.x.chunks(run).zip(self.dy.chunks(run)).zip(self.dx.chunks_mut(run)).enumerate()
+        {
+            let at = self.first + i;
+            out.push(match self.how {
+                How::Fake(f, spec, rule) => grid::fake_grad_run(x, dy, spec, rule, f.at(at), dx),
+                How::Clip { hi, lo, .. } => grid::clip_range_grad_run(x, dy, (hi[at], lo[at]), dx),
+            });
+        }
+        out
+    }
+}
+
+/// Runs the gradient over all runs; the gradients of the factors in the order of the runs.
+fn grads(m: &Machine, how: How<'_>, run: usize, (x, dy): (&[f32], &[f32]), dx: &mut [f32]) -> Vec<FakeGrad> {
+    let per_task = (CHUNK / run).max(1);
+    let parts = m.pool.map_chunks(dx, per_task * run, |c, dx| {
+        let (at, len) = (c * per_task * run, dx.len());
+        m.isa.run(Grad { x: &x[at..at + len], dy: &dy[at..at + len], dx, first: c * per_task, how })
+    });
+    parts.concat()
+}
+
+fn fake_quant_grad(
+    m: &Machine,
+    (spec, rule): (QuantSpec, Rule),
+    run: usize,
+    ins: &[In<'_>],
+    outs: &mut [(Vec<usize>, Data)],
+) -> Result<(), EngineError> {
+    let (dy, given) = (ins[ins.len() - 1].widened()?, &ins[1..ins.len() - 1]);
+    let cols = ins[0].shape.last().copied().unwrap_or(1);
+    let factors = Factors::of(given, cols, run)?;
+    let x = ins[0].widened()?;
+    let all = grads(m, How::Fake(&factors, spec, rule), run, (&x, &dy), floats(&mut outs[0])?);
+    if !given.is_empty() {
+        let mut sums = vec![FakeGrad::default(); factors.hi.len()];
+        for (i, g) in all.iter().enumerate() {
+            let sum = &mut sums[factors.index(i)];
+            *sum = FakeGrad { hi: sum.hi + g.hi, lo: sum.lo + g.lo };
+        }
+        floats(&mut outs[1])?.iter_mut().zip(&sums).for_each(|(y, s)| *y = s.hi as f32);
+        floats(&mut outs[2])?.iter_mut().zip(&sums).for_each(|(y, s)| *y = s.lo as f32);
+    }
+    Ok(())
+}
+
+fn clip_range_grad(
+    m: &Machine,
+    run: usize,
+    ins: &[In<'_>],
+    outs: &mut [(Vec<usize>, Data)],
+) -> Result<(), EngineError> {
+    let (x, hi, lo, dy) = (ins[0].widened()?, ins[1].widened()?, ins[2].widened()?, ins[3].widened()?);
+    let all = grads(m, How::Clip { run, hi: &hi, lo: &lo }, run, (&x, &dy), floats(&mut outs[0])?);
+    floats(&mut outs[1])?.iter_mut().zip(&all).for_each(|(y, g)| *y = g.hi as f32);
+    floats(&mut outs[2])?.iter_mut().zip(&all).for_each(|(y, g)| *y = g.lo as f32);
+    Ok(())
 }
 
 /// Scale and zero point of each run.
