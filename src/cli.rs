@@ -85,6 +85,9 @@ pub(crate) struct CompileArgs {
     /// Target [default: cpu]
     #[arg(long, value_name = "NAME")]
     pub(crate) target: Option<String>,
+    /// Ranks of tensor parallelism that the artefact can be cut for, such as 1,2,4 [default: 1]
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    pub(crate) tp: Vec<u32>,
     /// Calibration text: a txt, jsonl or parquet file or a data set folder
     #[arg(long, value_name = "PATH")]
     pub(crate) calib: Option<PathBuf>,
@@ -129,6 +132,9 @@ pub(crate) struct OptArgs {
     /// Passes or presets; several chain
     #[arg(long = "pass", value_name = "PIPELINE")]
     pub(crate) pass: Vec<String>,
+    /// Ranks of tensor parallelism, such as 1,2,4 [default: 1]
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    pub(crate) tp: Vec<u32>,
     /// Prove transforms by running the graph on seeded weights and tokens
     #[arg(long)]
     pub(crate) check: bool,

@@ -56,7 +56,7 @@ impl Failure {
 }
 
 /// Codes that mean that a target, or the method on this model's sizes, refuses.
-const ILLEGAL_CODES: [&str; 3] = ["Q0201", "Q0202", "Q0501"];
+const ILLEGAL_CODES: [&str; 5] = ["Q0201", "Q0202", "Q0207", "Q0501", "Q0606"];
 
 impl From<Diag> for Failure {
     fn from(d: Diag) -> Self {

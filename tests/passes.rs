@@ -31,7 +31,7 @@ pub(crate) fn windows(vocab: u64, n: usize, len: usize) -> Calibration {
 }
 
 pub(crate) fn pipeline(text: &str) -> Pipeline {
-    expand_presets(&parse_pipeline(text).unwrap()).unwrap()
+    expand_presets(&parse_pipeline(text).unwrap(), 1).unwrap()
 }
 
 /// Compiles a model in memory, with every check on.

@@ -40,6 +40,7 @@ pub fn expand(b: &mut Builder<'_>, op: &Op, ins: &[ValueId]) -> Result<Option<Ve
             transform::hadamard(b, *block, *inverse, ins[0], ins.get(1).copied())?
         }
         Op::CacheAppend => b.op1(Op::Concat(1), ins)?,
+        Op::Edge => ins[0],
         Op::Clip(spec) => clip(b, spec, ins[0], ins[1])?,
         Op::FakeQuant(spec, rule) => {
             let mut sides = b.op(Op::QParams(*spec, *rule), ins)?;

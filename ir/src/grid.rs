@@ -243,14 +243,21 @@ pub fn dequantize(code: i32, q: QParam) -> f32 {
 }
 
 /// Length along the last axis of the runs that share a scale, for rows of `cols` elements of a matrix
-/// with `rows` rows.
+/// with `rows` rows. Channels have no runs: see [`scale_index`].
 pub fn run_length(spec: QuantSpec, rows: usize, cols: usize) -> usize {
     match spec.grain {
         Grain::Tensor => rows * cols,
         Grain::Row | Grain::Token => cols,
         Grain::Group(g) => g as usize,
+        Grain::Channel => 1,
     }
     .max(1)
+}
+
+/// Which scale element `at` of a matrix of `cols` columns has, for runs of [`run_length`] elements.
+#[inline(always)]
+pub fn scale_index(spec: QuantSpec, at: usize, run: usize, cols: usize) -> usize {
+    if spec.grain == Grain::Channel { at % cols } else { at / run }
 }
 
 #[cfg(test)]

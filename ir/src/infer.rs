@@ -9,7 +9,7 @@ mod quant;
 mod transform;
 
 pub use quant::list_divisors;
-use quant::{factors, grouping, rule_fits, scale_shape, side_operands, side_types};
+use quant::{factors, grouping, range_factors, rule_fits, scale_shape, side_operands, side_types};
 use transform::{hadamard, mode_mul};
 
 type Types<'a> = &'a [&'a TensorType];
@@ -193,6 +193,10 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
             }
             one(TensorType { elem: arith(ins, &fault)?, shape: ins[0].shape.clone() })
         }
+        Op::Edge => {
+            range_factors(&ins[1..])?;
+            one(float(ins[0], &fault)?)
+        }
         Op::FakeQuant(spec, rule) => {
             grouping(spec, ins[0])?;
             rule_fits(spec, *rule)?;
@@ -244,7 +248,7 @@ fn arity(op: &Op) -> Option<std::ops::RangeInclusive<usize>> {
         | Op::Softmax
         | Op::Inverse => 1..=1,
         // With or without two factors; `factors` refuses one.
-        Op::FakeQuant(..) | Op::QParams(..) => 1..=3,
+        Op::Edge | Op::FakeQuant(..) | Op::QParams(..) => 1..=3,
         Op::FakeQuantGrad(..) => 2..=4,
         Op::Binary(_)
         | Op::MatMul { .. }

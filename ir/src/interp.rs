@@ -192,6 +192,7 @@ fn eval(func: &Func, node: &Node, ins: &[&Tensor], dims: &DimEnv) -> Vec<Tensor>
         | Op::ModeMul { .. }
         | Op::Hadamard { .. }
         | Op::CacheAppend
+        | Op::Edge
         | Op::Clip(_)
         | Op::FakeQuant(..) => unreachable!("expanded or handled by the caller"),
     };

@@ -19,6 +19,7 @@ pub mod pack;
 mod parse;
 mod print;
 mod quant;
+pub mod random;
 mod rewrite;
 mod rope;
 mod tensor;

@@ -170,6 +170,9 @@ pub enum Op {
     ClipRangeGrad(QuantSpec),
 
     // Quantization.
+    /// `x [, hi, lo] -> x`: a value that may be quantized here, with factors on the ends of its range. No transform
+    /// passes it.
+    Edge,
     /// `x [, hi, lo] -> y`: *means* `dcast(qcast(x))` with scales from the data by the rule. `hi` and `lo` are factors
     /// `[k]` on the ends of the range; the runs along a row share them evenly.
     FakeQuant(QuantSpec, Rule),
@@ -297,6 +300,7 @@ impl Op {
                 vec![("block", Attr::Int(*block as i64))],
             ),
             Op::CacheAppend => ("cache_append", vec![]),
+            Op::Edge => ("edge", vec![]),
             Op::Clip(q) => ("clip", vec![("q", Attr::Spec(*q))]),
             Op::ClipRange(q) => ("clip_range", vec![("q", Attr::Spec(*q))]),
             Op::ClipRangeGrad(q) => ("clip_range.grad", vec![("q", Attr::Spec(*q))]),
@@ -343,6 +347,7 @@ impl Op {
             "hadamard" => Op::Hadamard { block: a.int("block")? as u64, inverse: false },
             "hadamard.inverse" => Op::Hadamard { block: a.int("block")? as u64, inverse: true },
             "cache_append" => Op::CacheAppend,
+            "edge" => Op::Edge,
             "clip" => Op::Clip(a.spec("q")?),
             "clip_range" => Op::ClipRange(a.spec("q")?),
             "clip_range.grad" => Op::ClipRangeGrad(a.spec("q")?),

@@ -14,6 +14,8 @@ pub enum Grain {
     Group(u32),
     /// One for each row along the last axis of an activation, known only when the function runs.
     Token,
+    /// One for each index of the last axis, for all rows: static scales of an activation.
+    Channel,
 }
 
 impl fmt::Display for Grain {
@@ -23,6 +25,7 @@ impl fmt::Display for Grain {
             Grain::Row => f.write_str("row"),
             Grain::Group(n) => write!(f, "group:{n}"),
             Grain::Token => f.write_str("token"),
+            Grain::Channel => f.write_str("channel"),
         }
     }
 }
@@ -104,7 +107,7 @@ impl QuantSpec {
 
     /// How many scales a tensor of this shape has, as the shape of the scale operand.
     ///
-    /// `[.., n] -> [.., n / g]` for groups, `[rows, 1]` per row, `[.., 1]` per token, `[1]` per tensor.
+    /// `[.., n] -> [.., n / g]` for groups, `[rows, 1]` per row, `[.., 1]` per token, `[1]` per tensor, `[n]` per channel.
     ///
     /// # Errors
     /// The group size and the length that it does not divide.
@@ -112,6 +115,7 @@ impl QuantSpec {
         let mut dims = shape.0.clone();
         match self.grain {
             Grain::Tensor => return Ok(crate::Shape::fixed(&[1])),
+            Grain::Channel => return Ok(crate::Shape(dims.last().copied().into_iter().collect())),
             Grain::Row | Grain::Token => {
                 if let Some(last) = dims.last_mut() {
                     *last = crate::Dim::Fixed(1);

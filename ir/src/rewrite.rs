@@ -104,7 +104,7 @@ pub fn without_quantizers(module: &Module, func: &Func) -> Result<Func, Diag> {
     let mut casts: HashMap<ValueId, ValueId> = HashMap::new();
     rewrite(module, func, |_, node, ins| {
         Ok(match node.op {
-            Op::FakeQuant(..) | Op::Clip(_) | Op::ClipRange(_) => Some(vec![ins[0]]),
+            Op::Edge | Op::FakeQuant(..) | Op::Clip(_) | Op::ClipRange(_) => Some(vec![ins[0]]),
             Op::QCast(_) if !derived[node.ins[0].0 as usize] => {
                 casts.insert(node.outs[0], ins[0]);
                 None

@@ -1,58 +1,84 @@
-//! `annotate`: says in which type weights are stored.
+//! `annotate`: says in which type weights, activations and caches are stored or computed.
 
-use qrmc_ir::{Diag, Op, Place, QuantSpec, Rule, ScaleType, list_divisors, rewrite};
+use qrmc_ir::{
+    Builder, Diag, Func, Grain, Module, Op, Place, QuantSpec, Rule, ScaleType, ValueId, list_divisors,
+    rewrite,
+};
 
-use crate::edges::{in_features, linears, role};
-use crate::options::{Bits, Group, OptionValue, options};
+use crate::edges::{caches, in_features, linears, role, row_parallel, width};
+use crate::options::{Bits, Group, OptionValue, Width, options};
+use crate::parallel::check_tp;
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::skip::{Skip, Skipped};
 use crate::unit::Unit;
 
 options! {
     /// Options of `annotate`.
     struct AnnotateOptions {
         /// bits of a weight
-        w: Bits = Bits(4),
+        w: Width = Width(4),
         /// weights that share a scale
         group: Group = Group::Size(128),
-        /// signed codes without a zero point
+        /// signed codes without a zero point for weights
         sym: bool = false,
-        /// how scales are chosen from the data
+        /// how scales of weights are chosen from the data
         rule: Rule = Rule::MinMax,
-        /// type in which scales are stored
+        /// type in which scales of weights are stored
         scale: ScaleType = ScaleType::F32,
+        /// bits of the input of a linear layer, one scale a token
+        a: Width = Width(16),
+        /// signed codes without a zero point for activations
+        a_sym: bool = false,
+        /// factor on the range of activations
+        a_clip: f64 = 1.0,
+        /// bits of cached keys and values, one scale a token and head
+        kv: Width = Width(16),
+        /// factor on the range of cached keys and values
+        kv_clip: f64 = 1.0,
+        /// quantize keys, too
+        keys: bool = true,
+        /// ranks of tensor parallelism: each has its own scales in row-parallel linear layers
+        tp: u32 = 1,
+        /// layers and linear layers that stay as they are
+        skip: Skip = Skip::default(),
     }
 }
 
 /// The pass.
 pub(crate) struct Annotate(pub(crate) AnnotateOptions);
 
-/// The scheme that options describe.
+/// The scheme of weights that options describe.
 pub(crate) fn weight_spec(bits: Bits, group: Group, sym: bool, scale: ScaleType) -> QuantSpec {
     let grain = group.grain();
     let spec = if sym { QuantSpec::sym(bits.0, grain) } else { QuantSpec::asym(bits.0, grain) };
     QuantSpec { scale, ..spec }
 }
 
-/// Refuses, before anything is computed, a group that does not divide the rows of every linear layer.
-pub(crate) fn check_group(unit: &Unit, group: Group) -> Result<(), Diag> {
+/// Refuses, before anything is computed, a group that does not divide the rows of every linear layer, or the part of a
+/// row that a rank holds.
+pub(crate) fn check_group(module: &Module, group: Group, tp: u32) -> Result<(), Diag> {
     let Group::Size(g) = group else { return Ok(()) };
-    let module = &unit.module;
     let mut lengths = Vec::new();
     for &layer in &module.layers() {
         let f = module.func(layer);
         for l in linears(f) {
-            lengths.push((in_features(f, &l), f.name.clone(), role(module, f, &l)));
+            let ranks = if row_parallel(f, l.x) { tp.max(1) as usize } else { 1 };
+            lengths.push((in_features(f, &l) / ranks, f.name.clone(), role(module, f, &l)));
         }
     }
     let Some((n, func, role)) = lengths.iter().find(|(n, ..)| n % g as usize != 0) else { return Ok(()) };
     let common = lengths.iter().fold(0, |a, (n, ..)| gcd(a, *n as u64));
     let place = Place { func: Some(func.clone()), value: Some(format!("%{role}")), line: None };
-    Err(Diag::new("Q0202", format!("groups of {g} do not divide the rows of {role}, which are {n} long"))
-        .at(place)
-        .hint(format!(
-            "groups that divide every linear layer: {}; or `group=row`",
-            list_divisors(common, u64::from(g))
-        )))
+    let rank = if tp > 1 { format!(" on each of {tp} ranks") } else { String::new() };
+    Err(Diag::new(
+        "Q0202",
+        format!("groups of {g} do not divide the rows of {role}, which are {n} long{rank}"),
+    )
+    .at(place)
+    .hint(format!(
+        "groups that divide every linear layer: {}; or `group=row`",
+        list_divisors(common, u64::from(g))
+    )))
 }
 
 fn gcd(a: u64, b: u64) -> u64 {
@@ -61,12 +87,14 @@ fn gcd(a: u64, b: u64) -> u64 {
 
 impl Pass for Annotate {
     fn info(&self) -> PassInfo {
+        let last = if self.0.w.quantized().is_some() { Stage::Annotated } else { Stage::Rounded };
         PassInfo {
             name: "annotate",
-            summary: "store the weights of the linear layers of every block in a quantized type",
+            summary: "say which weights, activations and caches have a quantized type",
             preserves: Preserves::Exact,
-            accepts: (Stage::Float, Stage::Float),
+            accepts: (Stage::Float, last),
             calibrates: false,
+            transforms: false,
         }
     }
 
@@ -74,22 +102,129 @@ impl Pass for Annotate {
         self.0.write()
     }
 
+    fn legal(&self, module: &Module) -> Result<(), Diag> {
+        let o = &self.0;
+        check_tp(&module.facts, o.tp)?;
+        for (name, clip) in [("a_clip", o.a_clip), ("kv_clip", o.kv_clip)] {
+            if !(clip > 0.0 && clip <= 1.0) {
+                return Err(Diag::new("Q0602", format!("`annotate`: {name} is {clip}"))
+                    .hint("a factor above 0 and up to 1"));
+            }
+        }
+        o.skip.on(module)?;
+        if o.w.quantized().is_some() { check_group(module, o.group, o.tp) } else { Ok(()) }
+    }
+
     fn run(&self, unit: &mut Unit, _cx: &mut PassCx<'_>) -> Result<(), PassError> {
         let o = &self.0;
-        check_group(unit, o.group)?;
-        let spec = weight_spec(o.w, o.group, o.sym, o.scale);
-        for layer in unit.module.layers() {
-            let old = unit.module.func(layer);
-            let targets: Vec<_> = linears(old).iter().map(|l| l.y).collect();
-            let new = rewrite(&unit.module, old, |b, node, ins| {
-                if !node.outs.first().is_some_and(|y| targets.contains(y)) {
-                    return Ok(None);
-                }
-                let w = b.op1(Op::FakeQuant(spec, o.rule), &[ins[1]])?;
-                Ok(Some(vec![b.linear(ins[0], w)?]))
-            })?;
+        let skip = o.skip.on(&unit.module)?;
+        for (index, layer) in unit.module.layers().into_iter().enumerate() {
+            let new = annotate(&unit.module, unit.module.func(layer), o, &skip, index)?;
             unit.module.funcs[layer.0 as usize] = new;
         }
         Ok(())
     }
+}
+
+/// A value to be quantized, with what its marker says of its range.
+#[derive(Clone, Copy)]
+struct Marked {
+    value: ValueId,
+    factors: Option<(ValueId, ValueId)>,
+}
+
+impl Marked {
+    /// The quantized value.
+    fn quantize(self, b: &mut Builder<'_>, spec: QuantSpec, clip: f64) -> Result<ValueId, Diag> {
+        let mut ins = vec![self.value];
+        if let Some((hi, lo)) = self.factors {
+            ins.extend([hi, lo]);
+        } else if clip != 1.0 {
+            let c = b.scalar(clip);
+            ins.extend([c, c]);
+        }
+        b.op1(Op::FakeQuant(spec, Rule::Dynamic), &ins)
+    }
+}
+
+/// Annotates one layer. Markers of edges go: what they mark is quantized now, or not to be.
+pub(crate) fn annotate(
+    module: &Module,
+    f: &Func,
+    o: &AnnotateOptions,
+    skip: &Skipped,
+    index: usize,
+) -> Result<Func, Diag> {
+    let all = linears(f);
+    let dynamic = |bits: u8, sym: bool, grain| {
+        if sym { QuantSpec::sym(bits, grain) } else { QuantSpec::asym(bits, grain) }
+    };
+    // Each rank finds the scale of its own part of a token.
+    let parts = |x: ValueId| if row_parallel(f, x) { u64::from(o.tp.max(1)) } else { 1 };
+    let act = o.a.quantized().map(|bits| {
+        move |x: ValueId| match parts(x) {
+            1 => dynamic(bits, o.a_sym, Grain::Token),
+            n => dynamic(bits, o.a_sym, Grain::Group((width(f, x) / n) as u32)),
+        }
+    });
+    let head = module.facts.head_dim;
+    let cached = o.kv.quantized().filter(|_| !skip.layer(index)).map(|bits| {
+        move |v: ValueId| match width(f, v) > head && head > 0 {
+            true => dynamic(bits, false, Grain::Group(head as u32)),
+            false => dynamic(bits, false, Grain::Token),
+        }
+    });
+    let caches = caches(f);
+    let targets: Vec<ValueId> =
+        caches.iter().filter(|c| (o.keys || !c.keys) && cached.is_some()).map(|c| c.target).collect();
+    let mut marked: Vec<(ValueId, Marked)> = Vec::new();
+    let mut done: Vec<(ValueId, ValueId)> = Vec::new();
+    rewrite(module, f, |b, node, ins| {
+        // The value that stands for a result of this node, and what is quantized of it.
+        let mut outs = None;
+        if node.op == Op::Edge {
+            let factors = ins.get(1).copied().zip(ins.get(2).copied());
+            marked.push((node.outs[0], Marked { value: ins[0], factors }));
+            outs = Some(vec![ins[0]]);
+        }
+        if let Some(l) = all.iter().find(|l| node.outs.first() == Some(&l.y)) {
+            let role = role(module, f, l);
+            if skip.linear(index, &role) {
+                return Ok(outs);
+            }
+            let mut x = ins[0];
+            if let Some(act) = &act {
+                x = match done.iter().find(|(old, _)| *old == l.x) {
+                    Some((_, new)) => *new,
+                    None => {
+                        let plain = Marked { value: ins[0], factors: None };
+                        let m = marked.iter().find(|(v, _)| *v == l.x).map_or(plain, |(_, m)| *m);
+                        let new = m.quantize(b, act(l.x), o.a_clip)?;
+                        done.push((l.x, new));
+                        new
+                    }
+                };
+            }
+            let mut w = ins[1];
+            if let Some(bits) = o.w.quantized() {
+                let group = match (o.group, parts(l.x)) {
+                    (Group::Row, n @ 2..) => Group::Size((in_features(f, l) as u64 / n) as u32),
+                    (group, _) => group,
+                };
+                w = b.op1(Op::FakeQuant(weight_spec(Bits(bits), group, o.sym, o.scale), o.rule), &[w])?;
+            }
+            return Ok(Some(vec![b.linear(x, w)?]));
+        }
+        let Some(cached) = &cached else { return Ok(outs) };
+        let Some(at) = node.outs.iter().position(|v| targets.contains(v)) else { return Ok(outs) };
+        let target = node.outs[at];
+        let mut results = match outs {
+            Some(o) => o,
+            None => b.op(node.op.clone(), ins)?,
+        };
+        let plain = Marked { value: results[at], factors: None };
+        let m = marked.iter().find(|(v, _)| *v == target).map_or(plain, |(_, m)| *m);
+        results[at] = m.quantize(b, cached(target), o.kv_clip)?;
+        Ok(Some(results))
+    })
 }

@@ -25,7 +25,7 @@ pub fn seeded_tokens(seed: u64, len: usize, vocab: u64) -> Tensor {
     Tensor::i32([1, len], ids)
 }
 
-/// Logits of `@main` on tokens `[B, S]`, holding the weights of one function at a time.
+/// Logits of `@main` on tokens `[B, S]`, in two parts through its caches, holding the weights of one function at a time.
 ///
 /// # Errors
 /// What the engine says.
@@ -40,13 +40,55 @@ pub fn forward(
     let main = module.func(main);
     let (b, s) = (ids.shape()[0], ids.shape()[1]);
     let width = (module.facts.kv_heads * module.facts.head_dim) as usize;
+    let mut caches = vec![Tensor::zeros([b, 0, width]); main.params.len().saturating_sub(2)];
+    let mut logits: Vec<Tensor> = Vec::new();
+    // In two parts: what the first leaves in the caches, the second reads.
+    for (from, to) in [(0, s.div_ceil(2)), (s.div_ceil(2), s)] {
+        if from == to {
+            continue;
+        }
+        let mut args = vec![
+            columns(ids, from, to).ok_or_else(|| missing("token ids as arguments"))?,
+            Tensor::i32([to - from], (from as i32..to as i32).collect()),
+        ];
+        args.append(&mut caches);
+        let mut results = calls(engine, module, main, weights, args)?.into_iter();
+        logits.push(results.next().ok_or_else(|| missing("logits"))?);
+        caches = results.collect();
+    }
+    let join = |parts: &[Tensor]| {
+        let n = parts[0].shape()[2];
+        let mut data = Vec::new();
+        for i in 0..b {
+            for p in parts {
+                let row = p.shape()[1] * n;
+                data.extend_from_slice(&p.as_f32()?[i * row..(i + 1) * row]);
+            }
+        }
+        Some(Tensor::f32([b, s, n], data))
+    };
+    join(&logits).ok_or_else(|| missing("logits in f32"))
+}
+
+/// Columns of a matrix of tokens.
+fn columns(ids: &Tensor, from: usize, to: usize) -> Option<Tensor> {
+    let (b, s) = (ids.shape()[0], ids.shape()[1]);
+    let v = ids.as_i32()?;
+    Some(Tensor::i32([b, to - from], (0..b).flat_map(|i| v[i * s + from..i * s + to].to_vec()).collect()))
+}
+
+/// Results of a function made of calls.
+fn calls(
+    engine: &dyn Engine,
+    module: &Module,
+    main: &qrmc_ir::Func,
+    weights: &dyn WeightSource,
+    args: Vec<Tensor>,
+) -> Result<Vec<Tensor>, EngineError> {
+    let missing = |what: &str| EngineError::System(format!("the module has no {what}"));
     let mut values: Vec<Option<Tensor>> = vec![None; main.value_count()];
-    for (i, p) in main.params.iter().enumerate() {
-        values[p.0 as usize] = Some(match i {
-            0 => ids.clone(),
-            1 => Tensor::i32([s], (0..s as i32).collect()),
-            _ => Tensor::zeros([b, 0, width]),
-        });
+    for (p, t) in main.params.iter().zip(args) {
+        values[p.0 as usize] = Some(t);
     }
     for node in &main.nodes {
         let Op::Call(f) = node.op else { return Err(missing("@main made of calls")) };
@@ -56,7 +98,10 @@ pub fn forward(
             values[o.0 as usize] = Some(t);
         }
     }
-    main.results.first().and_then(|r| values[r.0 as usize].take()).ok_or_else(|| missing("logits"))
+    main.results
+        .iter()
+        .map(|r| values[r.0 as usize].clone().ok_or_else(|| missing("result that is computed")))
+        .collect()
 }
 
 /// The gap between two tensors of one shape. NaN is infinitely far from everything.

@@ -12,6 +12,7 @@ use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
 use crate::edges::{linears, role};
 use crate::options::{OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::skip::Skip;
 use crate::unit::Unit;
 
 /// Tokens in the sample, about (methods.md §3 step 5).
@@ -24,8 +25,8 @@ options! {
         grid: u32 = 20,
         /// largest share of the range that is cut off
         shrink: f64 = 0.5,
-        /// linear layers that are left alone
-        skip: Vec<String> = vec!["q_proj".into(), "k_proj".into()],
+        /// layers and linear layers that are left alone
+        skip: Skip = Skip(vec!["q_proj".into(), "k_proj".into()]),
     }
 }
 
@@ -40,11 +41,18 @@ impl Pass for ClipSearch {
             preserves: Preserves::Exact,
             accepts: (Stage::Annotated, Stage::Annotated),
             calibrates: true,
+            transforms: false,
         }
     }
 
     fn options(&self) -> Vec<(String, OptionValue)> {
         self.0.write()
+    }
+
+    fn legal(&self, module: &Module) -> Result<(), Diag> {
+        // What is skipped by default need not be there.
+        let given = self.0.skip != ClipSearchOptions::default().skip;
+        if given { self.0.skip.on(module).map(|_| ()) } else { Ok(()) }
     }
 
     fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
@@ -69,7 +77,8 @@ struct Target {
     rule: Rule,
 }
 
-fn targets(module: &Module, f: &Func, skip: &[String]) -> Vec<Target> {
+fn targets(module: &Module, f: &Func, skip: &Skip, index: usize) -> Vec<Target> {
+    let skip = skip.resolve(module);
     linears(f)
         .iter()
         .filter_map(|l| match f.def_node(l.w)? {
@@ -79,7 +88,7 @@ fn targets(module: &Module, f: &Func, skip: &[String]) -> Vec<Target> {
             }
             _ => None,
         })
-        .filter(|t| !skip.contains(&t.role))
+        .filter(|t| !skip.linear(index, &t.role))
         .collect()
 }
 
@@ -156,7 +165,7 @@ fn search_layer(
 ) -> Result<(LayerResult, Vec<Tensor>), PassError> {
     let m = &unit.module;
     let f = m.func(run.func);
-    let targets = targets(m, f, &o.skip);
+    let targets = targets(m, f, &o.skip, run.index);
     let mut xs: Vec<ValueId> = targets.iter().map(|t| t.x).collect();
     xs.sort_unstable();
     xs.dedup();
@@ -237,7 +246,7 @@ fn insert(unit: &mut Unit, func: FuncId, result: LayerResult) -> Result<(), Pass
         let id = unit.define(&format!("{name}.{wanted}.bound"), tensor)?;
         let m = &unit.module;
         let old = m.func(func);
-        let target = targets(m, old, &[]).into_iter().find(|t| t.role == wanted);
+        let target = targets(m, old, &Skip::default(), 0).into_iter().find(|t| t.role == wanted);
         let Some(target) = target else {
             return Err(Diag::new("Q0101", format!("@{name} has no annotated {wanted}")).into());
         };

@@ -2,26 +2,34 @@
 //!
 //! A pass sees execution only through [`qrmc_ir::Engine`] and names no target.
 
+mod affine;
 mod annotate;
 mod calibrate;
 mod check;
 mod clip_search;
 mod edges;
 mod fuse_norm;
+mod grad;
 mod manager;
 mod options;
+mod parallel;
+mod part_bias;
 mod pass;
 mod pipeline;
 mod place;
 mod presets;
 mod registry;
+mod rotate;
 mod rtn;
 mod scale;
+mod skip;
+mod smooth;
+mod static_keys;
 mod unit;
 
 pub use calibrate::{Calibration, LayerRun, NoStore, StepStore};
 pub use check::{Gap, compare_logits, forward, logit_gap, seeded_tokens};
-pub use manager::{Manager, PassReport, PipelineError};
+pub use manager::{Manager, PassReport, PipelineError, legal};
 pub use options::{OptionInfo, OptionValue};
 pub use pass::{LayerLoss, Pass, PassCx, PassError, PassInfo, Preserves, Report, Stage};
 pub use pipeline::{Call, Pipeline, parse_pipeline};

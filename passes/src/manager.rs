@@ -68,6 +68,24 @@ pub struct PassReport {
     pub time: Duration,
 }
 
+/// Refuses a pipeline whose options do not fit the source module, before anything is computed.
+///
+/// # Errors
+/// What the first pass says that does not fit.
+pub fn legal(pipeline: &Pipeline, module: &Module) -> Result<(), PipelineError> {
+    let total = pipeline.0.len();
+    for (i, call) in pipeline.0.iter().enumerate() {
+        let pass = crate::build(call)?;
+        pass.legal(module).map_err(|d| PipelineError::Pass {
+            index: i + 1,
+            total,
+            pass: pass.call().to_string(),
+            error: d.into(),
+        })?;
+    }
+    Ok(())
+}
+
 /// Runs pipelines.
 pub struct Manager<'a> {
     /// Whether transforms are checked by running the model before and after.
@@ -89,6 +107,7 @@ impl Manager<'_> {
         pipeline: &Pipeline,
         cx: &mut PassCx<'_>,
     ) -> Result<Vec<PassReport>, PipelineError> {
+        legal(pipeline, &unit.module)?;
         let passes = pipeline.0.iter().map(crate::build).collect::<Result<Vec<_>, _>>()?;
         let mut reports = Vec::new();
         for (i, pass) in passes.iter().enumerate() {

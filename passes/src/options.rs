@@ -98,7 +98,31 @@ impl OptionType for Vec<String> {
     }
 }
 
-/// A width in bits of weights: 2 to 8, or 16 for "not quantized".
+/// A width in bits: 2 to 8, or 16 for "not quantized".
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Width(pub(crate) u8);
+
+impl Width {
+    /// The width, if it is one of codes.
+    pub(crate) fn quantized(self) -> Option<u8> {
+        (self.0 < 16).then_some(self.0)
+    }
+}
+
+impl OptionType for Width {
+    const KIND: &'static str = "2 to 8, or 16 for not quantized";
+    fn read(value: &OptionValue) -> Option<Self> {
+        match value {
+            OptionValue::Number(n) => n.parse().ok().filter(|n| (2..=8).contains(n) || *n == 16).map(Width),
+            _ => None,
+        }
+    }
+    fn write(&self) -> OptionValue {
+        OptionValue::Number(self.0.to_string())
+    }
+}
+
+/// A width in bits of codes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Bits(pub(crate) u8);
 
@@ -168,6 +192,7 @@ macro_rules! word_option {
         }
     };
 }
+pub(crate) use word_option;
 word_option!(qrmc_ir::ScaleType, "f32, f16 or bf16",
     "f32" => qrmc_ir::ScaleType::F32, "f16" => qrmc_ir::ScaleType::F16, "bf16" => qrmc_ir::ScaleType::BF16);
 word_option!(qrmc_ir::Rule, "minmax, awq or mse",

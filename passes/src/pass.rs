@@ -41,6 +41,8 @@ pub struct PassInfo {
     pub accepts: (Stage, Stage),
     /// Whether it reads calibration text.
     pub calibrates: bool,
+    /// Whether it inserts transforms, which `place-transforms` then moves to where they cost least.
+    pub transforms: bool,
 }
 
 /// Losses of one layer that a pass measured: what rounding to nearest gives, and what the pass gives.
@@ -126,6 +128,14 @@ pub trait Pass {
 
     /// Every option with its value.
     fn options(&self) -> Vec<(String, OptionValue)>;
+
+    /// Refuses options that do not fit the source module, before anything is computed.
+    ///
+    /// # Errors
+    /// What does not fit, and the nearest choice that does.
+    fn legal(&self, _module: &Module) -> Result<(), Diag> {
+        Ok(())
+    }
 
     /// Rewrites the module.
     ///

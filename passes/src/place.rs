@@ -40,6 +40,7 @@ impl Pass for Place {
             preserves: Preserves::Within(1e-4),
             accepts: (Stage::Float, Stage::Float),
             calibrates: false,
+            transforms: false,
         }
     }
 
@@ -48,18 +49,20 @@ impl Pass for Place {
     }
 
     fn run(&self, unit: &mut Unit, _cx: &mut PassCx<'_>) -> Result<(), PassError> {
-        for layer in unit.module.layers() {
-            let new = place(&unit.module, unit.module.func(layer), &self.0)?;
-            unit.module.funcs[layer.0 as usize] = new;
+        for at in 0..unit.module.funcs.len() {
+            let calls = unit.module.funcs[at].nodes.iter().any(|n| matches!(n.op, qrmc_ir::Op::Call(_)));
+            if !calls {
+                unit.module.funcs[at] = place(&unit.module, &unit.module.funcs[at], &self.0)?;
+            }
         }
         Ok(())
     }
 }
 
 /// The cheapest equal form of a function.
-fn place(module: &Module, func: &Func, o: &PlaceOptions) -> Result<Func, Diag> {
+pub(crate) fn place(module: &Module, func: &Func, o: &PlaceOptions) -> Result<Func, Diag> {
     let skeleton = convert::to_egraph(func);
-    let runner = Runner::<lang::Lin, lang::Facts, ()>::new(lang::Facts)
+    let runner = Runner::<lang::Lin, lang::Facts, ()>::new(skeleton.egraph.analysis.clone())
         .with_egraph(skeleton.egraph)
         .with_node_limit(o.nodes as usize)
         .with_iter_limit(o.rounds as usize)
@@ -74,6 +77,6 @@ fn place(module: &Module, func: &Func, o: &PlaceOptions) -> Result<Func, Diag> {
             .at(At { func: Some(func.name.clone()), ..At::default() })
             .hint("raise place-transforms{nodes=..,rounds=..}"));
     }
-    let chosen = extract::cheapest(&runner.egraph, &skeleton.results)?;
+    let chosen = extract::cheapest(&runner.egraph, &skeleton.roots)?;
     convert::from_egraph(module, func, &runner.egraph, &skeleton.classes, &chosen)
 }

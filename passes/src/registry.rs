@@ -1,13 +1,18 @@
 //! Every pass, in one table. Help, documentation and `qrmc passes` are made from it.
 
+use crate::affine::{Affine, AffineOptions};
 use crate::annotate::{Annotate, AnnotateOptions};
 use crate::clip_search::{ClipSearch, ClipSearchOptions};
 use crate::fuse_norm::{FuseNorm, FuseNormOptions};
 use crate::options::{OptionError, OptionInfo, OptionValue};
+use crate::part_bias::{PartBias, PartBiasOptions};
 use crate::pass::{Pass, PassInfo};
 use crate::place::{Place, PlaceOptions};
+use crate::rotate::{Rotate, RotateOptions};
 use crate::rtn::{Rtn, RtnOptions};
 use crate::scale::{Scale, ScaleOptions};
+use crate::smooth::{Smooth, SmoothOptions};
+use crate::static_keys::{StaticKeys, StaticKeysOptions};
 
 type Given = [(String, OptionValue)];
 
@@ -35,11 +40,16 @@ macro_rules! entry {
 }
 
 /// All passes, in the order of the documentation.
-pub const PASSES: [PassEntry; 6] = [
+pub const PASSES: [PassEntry; 11] = [
     entry!(FuseNorm, FuseNormOptions),
+    entry!(Rotate, RotateOptions),
+    entry!(Smooth, SmoothOptions),
     entry!(Scale, ScaleOptions),
+    entry!(Affine, AffineOptions),
     entry!(Place, PlaceOptions),
+    entry!(PartBias, PartBiasOptions),
     entry!(Annotate, AnnotateOptions),
+    entry!(StaticKeys, StaticKeysOptions),
     entry!(ClipSearch, ClipSearchOptions),
     entry!(Rtn, RtnOptions),
 ];

@@ -22,6 +22,7 @@ impl Pass for Rtn {
             preserves: Preserves::Lossy,
             accepts: (Stage::Annotated, Stage::Annotated),
             calibrates: false,
+            transforms: false,
         }
     }
 

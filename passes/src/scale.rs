@@ -8,17 +8,16 @@
 //! squared error over all tokens is a quadratic form in the Gram matrix of the input, and the tokens need not be
 //! visited for each ratio.
 
-mod measure;
+pub(crate) mod measure;
 
-use qrmc_ir::{
-    BinaryOp, Diag, Dim, Func, FuncId, Module, Op, Place as At, ScaleType, Tensor, ValueId, rewrite,
-};
+use qrmc_ir::{BinaryOp, Diag, Dim, Func, FuncId, Module, Op, Place as At, ScaleType, Tensor, ValueId};
 
 use crate::annotate::check_group;
 use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
-use crate::edges::{Linear, linears};
+use crate::edges::{Linear, key, linears, role, transform_edge};
 use crate::options::{Bits, Group, OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::skip::{Skip, Skipped};
 use crate::unit::Unit;
 use measure::{Measure, abs_sum, accumulate, candidate};
 
@@ -40,6 +39,8 @@ options! {
         grid: u32 = 20,
         /// compare losses with the engine's coarse products (2^-15) where it has some
         coarse: bool = true,
+        /// layers and linear layers that stay as they are
+        skip: Skip = Skip::default(),
     }
 }
 
@@ -54,6 +55,7 @@ impl Pass for Scale {
             preserves: Preserves::Within(1e-4),
             accepts: (Stage::Float, Stage::Float),
             calibrates: true,
+            transforms: true,
         }
     }
 
@@ -61,8 +63,12 @@ impl Pass for Scale {
         self.0.write()
     }
 
+    fn legal(&self, module: &Module) -> Result<(), Diag> {
+        self.0.skip.on(module)?;
+        check_group(module, self.0.group, 1)
+    }
+
     fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
-        check_group(unit, self.0.group)?;
         if self.0.grid == 0 {
             return Err(Diag::new("Q0602", "`scale`: a grid of 0 ratios").hint("AWQ tries 20").into());
         }
@@ -85,7 +91,7 @@ struct Edge {
 }
 
 /// The edges of a layer: what feeds linear layers and nothing else, and comes from where a scale can be folded.
-fn edges(f: &Func) -> Result<Vec<Edge>, Diag> {
+fn edges(module: &Module, f: &Func, skip: &Skipped, index: usize) -> Result<Vec<Edge>, Diag> {
     let all = linears(f);
     let users = f.users();
     let mut out: Vec<Edge> = Vec::new();
@@ -107,6 +113,7 @@ fn edges(f: &Func) -> Result<Vec<Edge>, Diag> {
     }
     // A value that something else reads too cannot be scaled for the linear layers alone.
     out.retain(|e| users[e.x.0 as usize].iter().all(|u| e.linears.iter().any(|l| l.node == *u)));
+    out.retain(|e| !e.linears.iter().any(|l| skip.linear(index, &role(module, f, l))));
     Ok(out)
 }
 
@@ -148,10 +155,6 @@ pub(crate) fn scales(x_mean: &[f64], ratio: f64) -> Vec<f32> {
     s.iter().map(|x| (x / norm) as f32).collect()
 }
 
-fn key_of(f: &Func, x: ValueId) -> String {
-    f.show(x).to_string().trim_start_matches('%').to_owned()
-}
-
 /// The order in which ratios are tried: none first, whose loss is reported, then from the middle outwards, where the
 /// best ones are. The order shows in nothing but time.
 fn order(grid: u32) -> Vec<u32> {
@@ -168,7 +171,7 @@ fn search_layer(
     run: &LayerRun<'_>,
 ) -> Result<(LayerResult, Vec<Tensor>), PassError> {
     let f = unit.module.func(run.func).clone();
-    let edges = edges(&f)?;
+    let edges = edges(&unit.module, &f, &o.skip.resolve(&unit.module), run.index)?;
     let mut result = LayerResult::new();
     let wanted: Vec<ValueId> = edges.iter().map(|e| e.x).chain(edges.iter().map(|e| e.compared)).collect();
     let (mut values, next) = observe(unit, cx, run, &wanted)?;
@@ -210,15 +213,15 @@ fn search_layer(
                     .into(),
             });
         };
-        let key = key_of(&f, e.x);
-        result.push((format!("{key}.s"), Tensor::f32([n], s)));
-        result.push((format!("{key}.loss"), Tensor::new([2], qrmc_ir::Data::F64(vec![plain, loss]))));
+        let name = key(&f, e.x);
+        result.push((format!("{name}.s"), Tensor::f32([n], s)));
+        result.push((format!("{name}.loss"), Tensor::new([2], qrmc_ir::Data::F64(vec![plain, loss]))));
     }
     Ok((result, next))
 }
 
 /// Puts the scale pairs of one layer into the graph.
-fn insert(unit: &mut Unit, func: FuncId, result: LayerResult) -> Result<(), PassError> {
+pub(crate) fn insert(unit: &mut Unit, func: FuncId, result: LayerResult) -> Result<(), PassError> {
     for (key, tensor) in result {
         let Some(value) = key.strip_suffix(".s") else { continue };
         let name = unit.module.func(func).name.clone();
@@ -241,27 +244,19 @@ pub(crate) fn insert_scale(
     x: ValueId,
     s: qrmc_ir::WeightId,
 ) -> Result<Func, Diag> {
-    let readers: Vec<ValueId> = linears(f).iter().filter(|l| l.x == x).map(|l| l.y).collect();
-    let name = f.value(x).name.clone();
-    let mut divided = None;
-    rewrite(module, f, |b, node, ins| {
-        if !node.outs.first().is_some_and(|y| readers.contains(y)) {
-            return Ok(None);
-        }
-        let scale = b.weight(s);
-        let v = match divided {
-            Some(v) => v,
-            None => {
-                let v = b.binary(BinaryOp::Div, ins[0], scale)?;
-                if let Some(name) = &name {
-                    b.name(v, name);
-                }
-                *divided.insert(v)
-            }
-        };
-        let w = b.binary(BinaryOp::Mul, ins[1], scale)?;
-        Ok(Some(vec![b.linear(v, w)?]))
-    })
+    transform_edge(
+        module,
+        f,
+        x,
+        |b, x| {
+            let scale = b.weight(s);
+            b.binary(BinaryOp::Div, x, scale)
+        },
+        |b, w, _| {
+            let scale = b.weight(s);
+            b.binary(BinaryOp::Mul, w, scale)
+        },
+    )
 }
 
 #[cfg(test)]

@@ -131,6 +131,14 @@ impl Unit {
         self.put(name, Own { ty, place: Place::Held(Arc::new(tensor)) })
     }
 
+    /// Declares a tensor of integers that a pass has made.
+    ///
+    /// # Errors
+    /// If the name cannot be declared.
+    pub(crate) fn define_integers(&mut self, name: &str, tensor: Tensor) -> Result<WeightId, Diag> {
+        self.put(name, Own { ty: tensor.ty(), place: Place::Held(Arc::new(tensor)) })
+    }
+
     /// Declares a tensor of any type that a finished step holds: codes as packed bytes. Where the store forgets at once,
     /// the tensor stays in memory.
     ///

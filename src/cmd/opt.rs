@@ -105,8 +105,11 @@ pub(crate) fn faults(faults: Vec<qrmc_ir::Diag>) -> Failure {
 pub(crate) fn run(args: &OptArgs, ui: &Ui) -> Result<(), Failure> {
     let (module, weights) = read_graph(&args.input)?;
     verify(&module).map_err(faults)?;
-    let pipeline =
-        if args.pass.is_empty() { qrmc_passes::Pipeline::default() } else { recipe::pipeline(&args.pass)? };
+    let pipeline = if args.pass.is_empty() {
+        qrmc_passes::Pipeline::default()
+    } else {
+        recipe::pipeline(&args.pass, &args.tp)?
+    };
     let weights = weights.unwrap_or_else(|| Arc::new(Seeded::new(&module, args.seed)));
     let engine = super::engine(&args.machine)?;
     let mut unit = Unit::new(module, weights);

@@ -93,7 +93,7 @@ pub(crate) fn markdown() -> String {
     for p in &PRESETS {
         s += &format!("\n### `{}`\n\n{}.\n", p.name, p.summary);
         let expanded =
-            qrmc_passes::parse_pipeline(p.name).ok().and_then(|p| qrmc_passes::expand_presets(&p).ok());
+            qrmc_passes::parse_pipeline(p.name).ok().and_then(|p| qrmc_passes::expand_presets(&p, 1).ok());
         if let Some(e) = expanded {
             s += "\nIt stands for:\n\n```\n";
             for c in &e.0 {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use qrmc_lowering::artefact::SourceInfo;
-use qrmc_passes::{Pipeline, expand_presets, find, parse_pipeline};
+use qrmc_passes::{Pipeline, expand_presets, find, legal, parse_pipeline};
 use qrmc_runtime::text::windows::Sampling;
 use serde::{Deserialize, Serialize};
 
@@ -60,8 +60,19 @@ pub(crate) struct Settings {
     pub(crate) calib: Option<CalibSettings>,
 }
 
-/// Joins several `--pass` into one pipeline with presets expanded.
-pub(crate) fn pipeline(texts: &[String]) -> Result<Pipeline, Failure> {
+/// The ranks that transforms and scales are made for: the largest number asked for, of which the others are divisors.
+fn ranks(tp: &[u32]) -> Result<u32, Failure> {
+    let most = tp.iter().copied().max().unwrap_or(1);
+    match tp.iter().find(|n| **n == 0 || !most.is_multiple_of(**n)) {
+        None => Ok(most),
+        Some(n) => Err(Failure::usage(format!("--tp: {n} does not divide {most}"))
+            .hint("one artefact serves numbers of ranks that divide the largest, such as 1,2,4")),
+    }
+}
+
+/// Joins several `--pass` into one pipeline with presets expanded, for these numbers of ranks.
+pub(crate) fn pipeline(texts: &[String], tp: &[u32]) -> Result<Pipeline, Failure> {
+    let tp = ranks(tp)?;
     let mut all = Pipeline::default();
     for text in texts {
         let p = parse_pipeline(text).map_err(|e| {
@@ -70,17 +81,13 @@ pub(crate) fn pipeline(texts: &[String]) -> Result<Pipeline, Failure> {
         })?;
         all.0.extend(p.0);
     }
-    let expanded = expand_presets(&all).map_err(|e| {
+    let expanded = expand_presets(&all, tp).map_err(|e| {
         let f = Failure::usage(e.to_string());
         match e.hint {
             Some(h) => f.hint(h),
             None => f,
         }
     })?;
-    // Options of every pass are read now, not after hours of calibration.
-    for c in &expanded.0 {
-        qrmc_passes::build(c).map_err(|e| Failure::usage(e.to_string()).hint(e.hint.unwrap_or_default()))?;
-    }
     Ok(expanded)
 }
 
@@ -105,7 +112,8 @@ impl Settings {
             }
             (given, _) => given.to_vec(),
         };
-        let pipeline = pipeline(&texts)?;
+        let pipeline = pipeline(&texts, &args.tp)?;
+        legal(&pipeline, &model.module)?;
         let target =
             args.target.clone().or(recipe.as_ref().map(|r| r.target.clone())).unwrap_or_else(|| "cpu".into());
         if !qrmc_lowering::TARGETS.iter().any(|t| t.name() == target) {

@@ -5,14 +5,23 @@ use crate::diag::Diag;
 use crate::quant::{Grain, QuantSpec, Rule};
 use crate::types::{Dim, Elem, Shape, TensorType};
 
-/// Factors on the ends of a range: none, or two vectors whose length divides the runs along a row.
-pub(super) fn factors(spec: &QuantSpec, rule: Rule, x: &TensorType, given: Types<'_>) -> Result<(), Diag> {
-    let bad = |m: String| Err(Diag::new("Q0208", m));
+/// Factors on the ends of a range, none or two vectors of one length: gives that length.
+pub(super) fn range_factors(given: Types<'_>) -> Result<Option<u64>, Diag> {
     let (hi, lo) = match given {
-        [] => return Ok(()),
+        [] => return Ok(None),
         [hi, lo] => (hi, lo),
-        _ => return bad("a range has two factors, or none".into()),
+        _ => return Err(Diag::new("Q0208", "a range has two factors, or none")),
     };
+    match (hi.shape.as_fixed().as_deref(), lo.shape.as_fixed().as_deref()) {
+        (Some(&[k]), Some(&[l])) if k == l && k > 0 => Ok(Some(k as u64)),
+        _ => Err(Diag::new("Q0208", format!("factors {hi} and {lo} are no vectors of one length"))),
+    }
+}
+
+/// As [`range_factors`], for a quantizer: their length divides the runs along a row.
+pub(super) fn factors(spec: &QuantSpec, rule: Rule, x: &TensorType, given: Types<'_>) -> Result<(), Diag> {
+    let Some(k) = range_factors(given)? else { return Ok(()) };
+    let bad = |m: String| Err(Diag::new("Q0208", m));
     if rule != Rule::Dynamic {
         return bad(format!("rule `{rule}` takes no factors on the ends of the range; `dynamic` does"));
     }
@@ -20,9 +29,9 @@ pub(super) fn factors(spec: &QuantSpec, rule: Rule, x: &TensorType, given: Types
         (Grain::Group(g), Some(Dim::Fixed(n))) => n / u64::from(g).max(1),
         _ => 1,
     };
-    match (hi.shape.as_fixed().as_deref(), lo.shape.as_fixed().as_deref()) {
-        (Some(&[k]), Some(&[l])) if k == l && k > 0 && runs.is_multiple_of(k as u64) => Ok(()),
-        _ => bad(format!("factors {hi} and {lo} are no vectors of one length that divides {runs} runs")),
+    match runs.is_multiple_of(k) {
+        true => Ok(()),
+        false => bad(format!("{k} factors do not divide {runs} runs evenly")),
     }
 }
 
@@ -45,6 +54,10 @@ pub(super) fn grouping(spec: &QuantSpec, ty: &TensorType) -> Result<(), Diag> {
 }
 
 pub(super) fn rule_fits(spec: &QuantSpec, rule: Rule) -> Result<(), Diag> {
+    if spec.grain == Grain::Channel {
+        let d = Diag::new("Q0206", format!("{spec}: scales of channels are operands, no rule finds them"));
+        return Err(d.hint("use `qcast` and `dcast` with stored scales"));
+    }
     if rule != Rule::Dynamic && spec.grain == Grain::Token {
         let d = Diag::new("Q0206", format!("rule `{rule}` is for weights; {spec} is per token"));
         return Err(d.hint("use rule `dynamic`"));

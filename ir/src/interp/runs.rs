@@ -130,7 +130,10 @@ pub(super) fn qcast(ins: &[&Tensor], spec: QuantSpec) -> Tensor {
     let run = grid::run_length(spec, rows, cols);
     let q = sides(&ins[1..]);
     let data = floats(ins[0]);
-    let codes = data.iter().enumerate().map(|(i, &x)| grid::quantize(x, q[i / run], spec));
+    let codes = data
+        .iter()
+        .enumerate()
+        .map(|(i, &x)| grid::quantize(x, q[grid::scale_index(spec, i, run, cols)], spec));
     let data = if spec.signed {
         Data::I8(codes.map(|c| c as i8).collect())
     } else {
@@ -149,6 +152,8 @@ pub(super) fn dcast(func: &Func, node: &Node, ins: &[&Tensor]) -> Tensor {
         Data::U8(v) => i32::from(v[i]),
         _ => 0,
     };
-    let data = (0..ins[0].len()).map(|i| grid::dequantize(code(i), q[i / run])).collect();
+    let data = (0..ins[0].len())
+        .map(|i| grid::dequantize(code(i), q[grid::scale_index(spec, i, run, cols)]))
+        .collect();
     Tensor::f32(ins[0].shape(), data)
 }

@@ -53,6 +53,7 @@ impl Parser<'_> {
             "tensor" => Grain::Tensor,
             "row" => Grain::Row,
             "token" => Grain::Token,
+            "channel" => Grain::Channel,
             "group" => {
                 self.expect(":")?;
                 let n = self.count("a group size")?;

@@ -6,20 +6,21 @@ use egg::{EGraph, Id};
 use qrmc_ir::{BinaryOp, Builder, Diag, Dim, Func, Module, Op, Shape, ValueId};
 
 use super::extract::Chosen;
-use super::lang::{Facts, Key, Known, Lin};
+use super::lang::{Facts, Key, Known, Lin, number};
+use crate::edges::caches;
 
 /// A function as an e-graph.
 pub(crate) struct Skeleton {
     pub(crate) egraph: EGraph<Lin, Facts>,
     /// Class of each value.
     pub(crate) classes: HashMap<ValueId, Id>,
-    /// Classes of the results.
-    pub(crate) results: Vec<Id>,
+    /// Classes of the results, without caches that attention reads: they are in the basis in which it reads them.
+    pub(crate) roots: Vec<Id>,
 }
 
 /// Puts every value of a function into an e-graph with its type.
 pub(crate) fn to_egraph(f: &Func) -> Skeleton {
-    let mut g = EGraph::new(Facts);
+    let mut g = EGraph::new(facts(f));
     let derived = f.weight_derived();
     let mut classes: HashMap<ValueId, Id> = HashMap::new();
     let add = |g: &mut EGraph<Lin, Facts>, v: ValueId, node: Lin| {
@@ -51,6 +52,15 @@ pub(crate) fn to_egraph(f: &Func) -> Skeleton {
                 (Op::RmsNorm(_), &[x, gain]) => Lin::Norm([attribute(&mut g, f, at), x, gain]),
                 (Op::Attention(_), &[q, k, v]) => Lin::Attn([attribute(&mut g, f, at), q, k, v]),
                 (Op::CacheAppend, &[p, n]) => Lin::Append([p, n]),
+                (Op::Gather, &[table, ids]) => Lin::Gather([table, ids]),
+                (&Op::Hadamard { block, inverse }, &[x, ..]) => {
+                    let block = g.add(Lin::Num(block));
+                    let signs = ins.get(1).copied().unwrap_or_else(|| g.add(Lin::Num(0)));
+                    if inverse { Lin::HadT([block, x, signs]) } else { Lin::Had([block, x, signs]) }
+                }
+                (&Op::ModeMul { inner }, &[x, m]) => Lin::Mode([g.add(Lin::Num(inner)), x, m]),
+                (Op::Inverse, &[m]) if derived[out.0 as usize] => Lin::Inv([m]),
+                (Op::Transpose(perm), &[m]) if derived[out.0 as usize] && swaps_last(perm) => Lin::Tr([m]),
                 _ => Lin::Other(key(k), ins.clone()),
             };
             let id = add(&mut g, out, lin);
@@ -58,8 +68,32 @@ pub(crate) fn to_egraph(f: &Func) -> Skeleton {
         }
     }
     g.rebuild();
-    let results = f.results.iter().map(|r| classes[r]).collect();
-    Skeleton { egraph: g, classes, results }
+    let roots = f.results.iter().filter(|r| cache_of(f, **r).is_none()).map(|r| classes[r]).collect();
+    Skeleton { egraph: g, classes, roots }
+}
+
+/// The parameter behind a result that is a cache which attention reads.
+fn cache_of(f: &Func, result: ValueId) -> Option<ValueId> {
+    let node = f.def_node(result).filter(|n| n.op == Op::CacheAppend)?;
+    let read = caches(f).iter().any(|c| c.new == node.ins[1]);
+    (read && f.params.contains(&node.ins[0])).then_some(node.ins[0])
+}
+
+/// What the laws need to know of the function as a whole.
+fn facts(f: &Func) -> Facts {
+    let head = f.nodes.iter().find_map(|n| match n.op {
+        Op::Attention(a) => {
+            f.ty(n.ins[0]).shape.last().and_then(Dim::fixed).map(|n| n as u64 / u64::from(a.heads))
+        }
+        _ => None,
+    });
+    Facts { head_dim: head.unwrap_or(0) }
+}
+
+/// Whether a permutation swaps the last two axes and keeps the others.
+fn swaps_last(perm: &[u8]) -> bool {
+    let n = perm.len();
+    n >= 2 && (0..n - 2).all(|i| usize::from(perm[i]) == i) && usize::from(perm[n - 1]) == n - 2
 }
 
 /// The leaf that stands for the attributes of the node at `at`: nodes with equal attributes share it.
@@ -82,7 +116,9 @@ pub(crate) fn from_egraph(
         let v = b.b.param(f.value(p).name.as_deref(), f.ty(p).clone());
         b.done.insert(g.find(classes[&p]), v);
     }
-    for v in f.nodes.iter().flat_map(|n| &n.outs) {
+    for v in
+        f.nodes.iter().flat_map(|n| &n.outs).filter(|v| !f.results.contains(v) || cache_of(f, **v).is_none())
+    {
         let class = g.find(classes[v]);
         if chosen.contains_key(&class) {
             let new = b.class(class)?;
@@ -91,7 +127,19 @@ pub(crate) fn from_egraph(
             }
         }
     }
-    let results = f.results.iter().map(|r| b.class(g.find(classes[r]))).collect::<Result<Vec<_>, _>>()?;
+    let mut results = Vec::new();
+    for r in &f.results {
+        results.push(match cache_of(f, *r) {
+            None => b.class(g.find(classes[r]))?,
+            Some(past) => {
+                let v = b.cache(past)?;
+                if let Some(name) = &f.value(*r).name {
+                    b.b.name(v, name);
+                }
+                v
+            }
+        });
+    }
     Ok(b.b.finish(&results))
 }
 
@@ -115,6 +163,20 @@ impl Rebuild<'_> {
         let v = self.node(id, node)?;
         self.done.insert(id, v);
         Ok(v)
+    }
+
+    /// The cache behind a parameter that the rebuilt function reads.
+    fn cache(&self, past: ValueId) -> Result<ValueId, Diag> {
+        let at = self.f.params.iter().position(|p| *p == past);
+        let param = at.map(|i| self.b.func().params[i]);
+        let mut found =
+            self.b.func().nodes.iter().filter(|n| n.op == Op::CacheAppend && Some(n.ins[0]) == param);
+        match (found.next(), found.next()) {
+            (Some(n), None) => Ok(n.outs[0]),
+            _ => {
+                Err(Diag::new("Q0604", format!("the cache %{} is not read in one basis", self.f.show(past))))
+            }
+        }
     }
 
     fn binary(&mut self, op: BinaryOp, [a, b]: [Id; 2]) -> Result<ValueId, Diag> {
@@ -158,6 +220,36 @@ impl Rebuild<'_> {
                 let n = self.b.ty(v).shape.last().unwrap_or(Dim::Fixed(1));
                 self.b.op1(Op::Reshape(Shape(vec![n, Dim::Fixed(1)])), &[v])
             }
+            Lin::Gather([table, ids]) => {
+                let ins = [self.class(*table)?, self.class(*ids)?];
+                self.b.op1(Op::Gather, &ins)
+            }
+            Lin::Had(parts) => self.hadamard(parts, false, false),
+            Lin::HadT(parts) => self.hadamard(parts, true, false),
+            Lin::RowHad(parts) => self.hadamard(parts, false, true),
+            Lin::RowHadT(parts) => self.hadamard(parts, true, true),
+            Lin::Mode([inner, x, m]) => {
+                let ins = [self.class(*x)?, self.class(*m)?];
+                self.b.op1(Op::ModeMul { inner: self.number(*inner)? }, &ins)
+            }
+            Lin::RowMode([inner, w, m]) => {
+                let (w, m) = (self.class(*w)?, self.class(*m)?);
+                let w = self.b.op1(Op::Transpose(vec![1, 0]), &[w])?;
+                let w = self.b.op1(Op::ModeMul { inner: self.number(*inner)? }, &[w, m])?;
+                self.b.op1(Op::Transpose(vec![1, 0]), &[w])
+            }
+            Lin::Inv([m]) => {
+                let m = self.class(*m)?;
+                self.b.op1(Op::Inverse, &[m])
+            }
+            Lin::Tr([m]) => {
+                let m = self.class(*m)?;
+                let rank = self.b.ty(m).shape.rank() as u8;
+                let mut perm: Vec<u8> = (0..rank).collect();
+                perm.swap(usize::from(rank) - 1, usize::from(rank) - 2);
+                self.b.op1(Op::Transpose(perm), &[m])
+            }
+            Lin::Num(_) => Err(Diag::new("Q0604", "a number is no value")),
             Lin::Leaf(key) => match self.f.as_weight(ValueId(key.index)) {
                 Some(w) => Ok(self.b.weight(w)),
                 None => Err(Diag::new("Q0604", "a leaf is no weight")),
@@ -182,6 +274,25 @@ impl Rebuild<'_> {
                 Ok(outs[key.result as usize])
             }
         }
+    }
+
+    fn number(&self, id: Id) -> Result<u64, Diag> {
+        number(self.g, id).ok_or_else(|| Diag::new("Q0604", "a transform lost its size"))
+    }
+
+    /// A Hadamard transform along the last axis, or along the rows of a weight.
+    fn hadamard(&mut self, [block, x, signs]: &[Id; 3], inverse: bool, rows: bool) -> Result<ValueId, Diag> {
+        let mut ins = vec![self.class(*x)?];
+        if number(self.g, *signs).is_none() {
+            ins.push(self.class(*signs)?);
+        }
+        let op = Op::Hadamard { block: self.number(*block)?, inverse };
+        if !rows {
+            return self.b.op1(op, &ins);
+        }
+        ins[0] = self.b.op1(Op::Transpose(vec![1, 0]), &ins[..1])?;
+        let w = self.b.op1(op, &ins)?;
+        self.b.op1(Op::Transpose(vec![1, 0]), &[w])
     }
 
     fn children(&self, id: Id) -> Vec<Id> {

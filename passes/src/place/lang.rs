@@ -42,6 +42,21 @@ define_language! {
         "append" = Append([Id; 2]),
         // a vector [n] as a column [n, 1]
         "col" = Col([Id; 1]),
+        // rows of a table, indices
+        "gather" = Gather([Id; 2]),
+        // block, x, signs or 0
+        "had" = Had([Id; 3]),
+        "hadt" = HadT([Id; 3]),
+        // inner, x, matrix
+        "mode" = Mode([Id; 3]),
+        // The same on the rows of a weight: what a transform of the output of a linear layer is to its weight.
+        "rowhad" = RowHad([Id; 3]),
+        "rowhadt" = RowHadT([Id; 3]),
+        "rowmode" = RowMode([Id; 3]),
+        "inv" = Inv([Id; 1]),
+        // last two axes swapped
+        "tr" = Tr([Id; 1]),
+        Num(u64),
         Leaf(Key),
         Other(Key, Vec<Id>),
     }
@@ -58,7 +73,10 @@ pub(crate) struct Known {
 
 /// The analysis: types and weight-derivedness, up through every operation of the language.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Facts;
+pub(crate) struct Facts {
+    /// Size of an attention head; 0 if the function has no attention.
+    pub(crate) head_dim: u64,
+}
 
 impl Known {
     /// Length of a vector, if it is one.
@@ -66,6 +84,25 @@ impl Known {
         let shape = &self.ty.as_ref()?.shape;
         if shape.rank() == 1 { shape.last() } else { None }
     }
+
+    /// Length of the last axis.
+    pub(crate) fn width(&self) -> Option<u64> {
+        self.ty.as_ref()?.shape.last()?.fixed().map(|n| n as u64)
+    }
+
+    /// Number and size of square matrices.
+    pub(crate) fn matrices(&self) -> Option<(u64, u64)> {
+        match self.ty.as_ref()?.shape.as_fixed()?[..] {
+            [a, b] if a == b => Some((1, a as u64)),
+            [t, a, b] if a == b => Some((t as u64, a as u64)),
+            _ => None,
+        }
+    }
+}
+
+/// The number that a class is.
+pub(crate) fn number(g: &EGraph<Lin, Facts>, id: Id) -> Option<u64> {
+    g[id].nodes.iter().find_map(|n| if let Lin::Num(x) = n { Some(*x) } else { None })
 }
 
 fn arith(shape: Shape) -> Option<TensorType> {
@@ -88,11 +125,24 @@ impl egg::Analysis<Lin> for Facts {
                 *x.0.last_mut()? = *w.0.first()?;
                 arith(x)
             }),
-            Lin::Norm([_, x, _]) | Lin::Attn([_, x, _, _]) => shape(x).and_then(arith),
+            Lin::Norm([_, x, _])
+            | Lin::Attn([_, x, _, _])
+            | Lin::Had([_, x, _])
+            | Lin::HadT([_, x, _])
+            | Lin::Mode([_, x, _])
+            | Lin::RowHad([_, x, _])
+            | Lin::RowHadT([_, x, _])
+            | Lin::RowMode([_, x, _])
+            | Lin::Inv([x])
+            | Lin::Tr([x]) => shape(x).and_then(arith),
+            Lin::Gather([table, ids]) => shape(table).zip(shape(ids)).and_then(|(table, mut ids)| {
+                ids.0.push(table.last()?);
+                arith(ids)
+            }),
             // The appended length is that of the recorded value; every form of the class has it.
             Lin::Append(_) => None,
             Lin::Col([v]) => shape(v).and_then(|v| arith(Shape(vec![v.last()?, 1.into()]))),
-            Lin::Leaf(_) | Lin::Other(..) => None,
+            Lin::Num(_) | Lin::Leaf(_) | Lin::Other(..) => None,
         };
         Known { ty, weight: weight && !matches!(node, Lin::Leaf(_) | Lin::Other(..)) }
     }

@@ -87,7 +87,7 @@ pub(super) fn run(
                 let at = usize::from(*axis);
                 let (outer, inner) = split(&ins[0].shape, at);
                 let (n, start, len) = (ins[0].shape[at], *start as usize, *len as usize);
-                let (x, y) = (ins[0].f32()?, floats(out)?);
+                let (x, y) = (ins[0].widened()?, floats(out)?);
                 for o in 0..outer {
                     let from = (o * n + start) * inner;
                     y[o * len * inner..(o + 1) * len * inner].copy_from_slice(&x[from..from + len * inner]);
@@ -97,7 +97,7 @@ pub(super) fn run(
             Op::Concat(_) | Op::CacheAppend => {
                 let at = if let Op::Concat(axis) = op { usize::from(*axis) } else { 1 };
                 let (outer, inner) = split(&out_shape, at);
-                let (a, b) = (ins[0].f32()?, ins[1].f32()?);
+                let (a, b) = (ins[0].widened()?, ins[1].widened()?);
                 let (na, nb) = (ins[0].shape[at] * inner, ins[1].shape[at] * inner);
                 for (o, y) in floats(out)?.chunks_mut((na + nb).max(1)).enumerate().take(outer) {
                     y[..na].copy_from_slice(&a[o * na..(o + 1) * na]);
@@ -124,6 +124,7 @@ pub(super) fn run(
             | Op::AttentionGrad(_)
             | Op::ModeMul { .. }
             | Op::Hadamard { .. }
+            | Op::Edge
             | Op::Clip(_)
             | Op::ClipRange(_)
             | Op::ClipRangeGrad(_)
@@ -354,7 +355,7 @@ fn transpose(perm: &[u8], x: &In<'_>, out: &mut Out) -> Result<(), EngineError> 
     }
     let steps: Vec<usize> = perm.iter().map(|&p| strides[usize::from(p)]).collect();
     let shape = out.0.clone();
-    let (data, y) = (x.f32()?, floats(out)?);
+    let (data, y) = (x.widened()?, floats(out)?);
     let (n, step) = (shape.last().copied().unwrap_or(1).max(1), steps.last().copied().unwrap_or(1));
     for (r, row) in y.chunks_mut(n).enumerate() {
         let (mut rest, mut at) = (r, 0);

@@ -1,7 +1,7 @@
 //! Choosing scales and codes, and back: [`qrmc_ir::grid`] over the rows of a tensor, on all threads.
 
 use qrmc_ir::grid::{self, FakeGrad, QParam};
-use qrmc_ir::{Data, Elem, EngineError, Op, QuantSpec, Rule, TensorType};
+use qrmc_ir::{Data, Elem, EngineError, Grain, Op, QuantSpec, Rule, TensorType};
 use qrmc_lowering::Arg;
 
 use super::Machine;
@@ -53,6 +53,17 @@ pub(super) fn run(
             }
             Ok(())
         }
+        Op::QCast(spec) if spec.grain == Grain::Channel => {
+            let (x, q) = (ins[0].widened()?, sides(&ins[1..])?);
+            let code = |i: usize, x: f32| grid::quantize(x, q[i % cols.max(1)], *spec);
+            let all = x.iter().enumerate().map(|(i, &x)| code(i, x));
+            match &mut outs[0].1 {
+                Data::U8(y) => y.iter_mut().zip(all).for_each(|(y, c)| *y = c as u8),
+                Data::I8(y) => y.iter_mut().zip(all).for_each(|(y, c)| *y = c as i8),
+                _ => return Err(wrong_kind()),
+            }
+            Ok(())
+        }
         Op::QCast(spec) => {
             let (run, x, q) = (run_of(*spec), ins[0].widened()?, sides(&ins[1..])?);
             let per_task = (CHUNK / run).max(1) * run;
@@ -83,7 +94,7 @@ pub(super) fn run(
                 let at = c * per_task;
                 for (g, y) in y.chunks_mut(run).enumerate() {
                     let from = at + g * run;
-                    let q = q[from / run];
+                    let q = q[grid::scale_index(spec, from, run, cols)];
                     match codes {
                         Slice::U8(v) => {
                             y.iter_mut()

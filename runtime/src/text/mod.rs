@@ -10,7 +10,7 @@ mod error;
 mod jsonl;
 mod parquet;
 mod pieces;
-pub mod random;
+pub use qrmc_ir::random;
 mod rows;
 mod split;
 mod stream;

@@ -1,0 +1,137 @@
+//! `affine`: FlatQuant's learned transforms (methods.md §7.3). Each quantized edge of a layer gets an invertible transform
+//! whose inverse its weights absorb; the layer with its quantizers is trained to give what the float layer gives.
+//!
+//! What is trained is the graph that will run: the transforms are inserted, placed by `place-transforms`, and the result
+//! with its quantizers is differentiated.
+
+mod init;
+mod insert;
+mod train;
+
+use qrmc_ir::{Diag, FuncId, Module, Tensor};
+
+use crate::calibrate::{LayerResult, LayerRun, Stream, walk_layers};
+use crate::options::{OptionType, OptionValue, Width, options, word_option};
+use crate::parallel::check_tp;
+use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::skip::Skip;
+use crate::unit::Unit;
+
+/// How a matrix is made of parameters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Form {
+    /// The matrix is the parameter.
+    Direct,
+    /// `U diag(s) Vᵀ`, `U` and `V` orthogonal by Cayley's map.
+    Svd,
+}
+
+impl std::fmt::Display for Form {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if *self == Form::Direct { "direct" } else { "svd" })
+    }
+}
+
+word_option!(Form, "direct or svd", "direct" => Form::Direct, "svd" => Form::Svd);
+
+options! {
+    /// Options of `affine`.
+    struct AffineOptions {
+        /// bits of a weight during training, one symmetric scale a row
+        w: Width = Width(4),
+        /// bits of the input of a linear layer during training
+        a: Width = Width(4),
+        /// bits of cached keys and values during training
+        kv: Width = Width(4),
+        /// passes over the calibration text
+        epochs: u32 = 15,
+        /// windows in a step
+        batch: u32 = 4,
+        /// learning rate of transforms
+        lr: f64 = 5e-3,
+        /// learning rate of clips
+        clip_lr: f64 = 5e-2,
+        /// how matrices are made of parameters: themselves, or rotations and singular values
+        form: Form = Form::Direct,
+        /// scale of each channel beside the matrices
+        diag: bool = true,
+        /// share of the activations' range in the first scales
+        alpha: f64 = 0.3,
+        /// seed of the first matrices
+        seed: u32 = 0,
+        /// move what needs not stay online into weights (the published code's reparameterization)
+        fold: bool = true,
+        /// use the engine's coarse products (2^-15) in training where it has some
+        coarse: bool = true,
+        /// ranks of tensor parallelism: no transform mixes channels of two ranks
+        tp: u32 = 1,
+        /// layers that stay as they are
+        skip: Skip = Skip::default(),
+    }
+}
+
+/// The pass.
+pub(crate) struct Affine(pub(crate) AffineOptions);
+
+impl Pass for Affine {
+    fn info(&self) -> PassInfo {
+        PassInfo {
+            name: "affine",
+            summary: "train invertible transforms and clips around the quantized edges of each layer (FlatQuant)",
+            preserves: Preserves::Within(1e-4),
+            accepts: (Stage::Float, Stage::Float),
+            calibrates: true,
+            transforms: true,
+        }
+    }
+
+    fn options(&self) -> Vec<(String, OptionValue)> {
+        self.0.write()
+    }
+
+    fn legal(&self, module: &Module) -> Result<(), Diag> {
+        let o = &self.0;
+        check_tp(&module.facts, o.tp)?;
+        o.skip.on(module)?;
+        let bad = |what: String, hint: &str| Err(Diag::new("Q0602", format!("`affine`: {what}")).hint(hint));
+        if o.batch == 0 || o.epochs == 0 {
+            return bad(format!("{} windows a step, {} epochs", o.batch, o.epochs), "4 and 15 are published");
+        }
+        for (name, rate) in [("lr", o.lr), ("clip_lr", o.clip_lr)] {
+            if !(rate > 0.0 && rate < 1.0) {
+                return bad(format!("{name} is {rate}"), "a learning rate is above 0 and below 1");
+            }
+        }
+        if !(0.0..=1.0).contains(&o.alpha) {
+            return bad(format!("alpha is {}", o.alpha), "from 0 to 1; 0.3 is published");
+        }
+        Ok(())
+    }
+
+    fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
+        let o = &self.0;
+        let skip = o.skip.on(&unit.module)?;
+        let name = self.call().to_string();
+        let mut work = |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| {
+            if skip.layer(run.index) {
+                let next = crate::calibrate::observe(unit, cx, run, &[])?.1;
+                return Ok((LayerResult::new(), next));
+            }
+            // The random numbers of a layer come after those of the layers before it.
+            let before = (0..run.index).filter(|i| !skip.layer(*i)).count();
+            train::layer(o, unit, cx, run, before)
+        };
+        let apply = |unit: &mut Unit, func: FuncId, result: LayerResult| -> Result<(), PassError> {
+            if result.is_empty() {
+                return Ok(());
+            }
+            Ok(insert::layer(unit, func, o, &|name| find(&result, name))?)
+        };
+        walk_layers(unit, cx, (&name, Stream::Before), &mut work, &mut |u, f, r, _| apply(u, f, r))
+    }
+}
+
+/// A tensor of a layer's result.
+fn find(result: &LayerResult, name: &str) -> Option<Tensor> {
+    result.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone())
+}
