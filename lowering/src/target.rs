@@ -48,9 +48,7 @@ impl Target for Cpu {
         }
         match op {
             // A clip bound that is shared by groups is elementwise work on a reshaped tensor.
-            Op::Edge | Op::Clip(_) | Op::ModeMul { .. } | Op::Hadamard { .. } | Op::AttentionGrad(_) => {
-                Legality::Expand
-            }
+            Op::Edge | Op::Clip(_) => Legality::Expand,
             // Positions that are broadcast, which only the definition does.
             Op::Rope(_) if ins[0].shape != outs[0].shape => Legality::Expand,
             _ => Legality::Native,

@@ -54,7 +54,7 @@ pub(super) fn hadamard(
         let sign = |i: u64, j: u64| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
         let data: Vec<f64> = (0..size * size).map(|at| sign(at / size, at % size)).collect();
         let m = b.literal(&[size, size], &data);
-        x = b.op1(Op::ModeMul { inner }, &[x, m])?;
+        x = mode_mul(b, inner, x, m)?;
         inner *= size;
     }
     if k > 1 {
@@ -63,7 +63,7 @@ pub(super) fn hadamard(
         let at = |i: usize, j: usize| f64::from(if inverse { core[i * n + j] } else { core[j * n + i] });
         let data: Vec<f64> = (0..n * n).map(|p| at(p / n, p % n)).collect();
         let m = b.literal(&[k, k], &data);
-        x = b.op1(Op::ModeMul { inner: block / k }, &[x, m])?;
+        x = mode_mul(b, block / k, x, m)?;
     }
     let norm = b.scalar(1.0 / (block as f64).sqrt());
     x = b.binary(BinaryOp::Mul, x, norm)?;

@@ -52,7 +52,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The first `positions` rows of one head, `[positions, head_dim]`.
-    fn head(&self, b: usize, h: usize, positions: usize, head_dim: usize) -> MatRef<'a> {
+    pub(super) fn head(&self, b: usize, h: usize, positions: usize, head_dim: usize) -> MatRef<'a> {
         let at = b * self.batch_stride + h * self.head_stride;
         MatRef::strided(&self.data[at..], positions, head_dim, self.row_stride, 1)
     }

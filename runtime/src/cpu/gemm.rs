@@ -82,7 +82,17 @@ impl<'a> MatRef<'a> {
 pub(crate) fn product(a: MatRef<'_>, b: MatRef<'_>, scale: f32, out: &mut [f32], stride: usize) {
     check(a, b, out.len(), stride);
     // SAFETY: `out` is exclusive and large enough.
-    unsafe { product_at(a, b, scale, out.as_mut_ptr(), stride) }
+    unsafe { product_at(a, b, scale, false, out.as_mut_ptr(), stride) }
+}
+
+/// As [`product`], added to what `out` holds.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub(crate) fn product_add(a: MatRef<'_>, b: MatRef<'_>, scale: f32, out: &mut [f32], stride: usize) {
+    check(a, b, out.len(), stride);
+    // SAFETY: `out` is exclusive and large enough.
+    unsafe { product_at(a, b, scale, true, out.as_mut_ptr(), stride) }
 }
 
 fn check(a: MatRef<'_>, b: MatRef<'_>, len: usize, stride: usize) {
@@ -95,7 +105,7 @@ fn check(a: MatRef<'_>, b: MatRef<'_>, len: usize, stride: usize) {
 /// # Safety
 /// The `a.rows x b.cols` elements at `out` with rows `stride` apart are valid and written by nobody else; `a` and
 /// `b` have equal inner dimensions.
-unsafe fn product_at(a: MatRef<'_>, b: MatRef<'_>, scale: f32, out: *mut f32, stride: usize) {
+unsafe fn product_at(a: MatRef<'_>, b: MatRef<'_>, scale: f32, add: bool, out: *mut f32, stride: usize) {
     debug_assert_eq!(a.cols, b.rows);
     // SAFETY: `MatRef` keeps all elements of `a` and `b` inside their slices; `out` by the caller's promise.
     unsafe {
@@ -106,14 +116,14 @@ unsafe fn product_at(a: MatRef<'_>, b: MatRef<'_>, scale: f32, out: *mut f32, st
             out,
             1,
             stride as isize,
-            false,
+            add,
             a.data.as_ptr(),
             a.col_stride as isize,
             a.row_stride as isize,
             b.data.as_ptr(),
             b.col_stride as isize,
             b.row_stride as isize,
-            0.0,
+            if add { 1.0 } else { 0.0 },
             scale,
             false,
             false,
@@ -192,7 +202,7 @@ pub fn matmul_batched(
         let a = nth(a, a_batch, i).part(row, 0, rows, k);
         let b = nth(b, b_batch, i).part(0, col, k, cols);
         // SAFETY: inside `out` by the checks above; each task has a tile of its own.
-        unsafe { product_at(a, b, 1.0, out.ptr_at(i * out_batch + row * stride + col), stride) };
+        unsafe { product_at(a, b, 1.0, false, out.ptr_at(i * out_batch + row * stride + col), stride) };
     });
 }
 

@@ -8,6 +8,7 @@
 //! dense and row-major unless a stride is asked for. A slice of the wrong length is a bug of the caller and panics.
 
 pub mod attention;
+pub mod attention_grad;
 mod dot;
 #[cfg(target_arch = "x86_64")]
 mod dot_avx512;
@@ -25,9 +26,12 @@ pub mod split;
 mod testing;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx512;
+pub mod transform;
+pub mod transpose;
 pub mod weight;
 
 pub use attention::{AttnShape, Rows, attention};
+pub use attention_grad::attention_grad;
 pub use elementwise::{BinaryOp, UnaryOp, binary, silu_mul, unary};
 pub use gemm::{MatRef, matmul, matmul_batched};
 pub use linear::linear;
@@ -35,4 +39,6 @@ pub use norm::rms_norm;
 pub use pool::{Pool, PoolError, Scratch, ScratchBuf};
 pub use rope::{rope, rope_inplace};
 pub use simd::Isa;
+pub use transform::{hadamard, mode_mul};
+pub use transpose::transpose;
 pub use weight::{WeightView, dequantize_row, gather_rows};

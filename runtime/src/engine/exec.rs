@@ -5,7 +5,7 @@ use qrmc_lowering::{Arg, Kernel, Step};
 
 use super::consts::Constant;
 use super::memory::{KvCache, empty, grown};
-use super::{Loaded, prims, quantize};
+use super::{Loaded, prims, products, quantize};
 use crate::cpu::{self, AttnShape, Rows};
 
 /// An argument.
@@ -328,6 +328,9 @@ impl State<'_, '_> {
         let mut ins = Vec::new();
         for (arg, ty) in &step.ins {
             ins.push(self.operand(*arg, ty)?);
+        }
+        if let Kernel::Op(Op::AttentionGrad(a)) = &step.kernel {
+            return products::attention_grad(m, a, &ins, outs);
         }
         match &step.kernel {
             Kernel::Op(

@@ -4,6 +4,7 @@ mod consts;
 mod exec;
 mod memory;
 mod prims;
+mod products;
 mod quantize;
 
 use std::collections::HashMap;

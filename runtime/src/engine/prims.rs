@@ -3,11 +3,12 @@
 use qrmc_ir::{Data, Dim, DimEnv, EngineError, Op, ReduceOp, RopeAttr, Sym, UnaryOp};
 use qrmc_lowering::Kernel;
 
-use super::Machine;
 use super::exec::{In, Slice, wrong_kind};
-use crate::cpu::{self, MatRef};
+use super::{Machine, products};
+use crate::cpu;
 
-type Out = (Vec<usize>, Data);
+/// A result: its shape and room for its elements.
+pub(super) type Out = (Vec<usize>, Data);
 
 /// The elements of an `f32` result.
 pub(super) fn floats(out: &mut Out) -> Result<&mut [f32], EngineError> {
@@ -28,7 +29,7 @@ pub(super) fn run(
     let (pool, isa) = (&m.pool, m.isa);
     let out_shape = out.0.clone();
     match kernel {
-        Kernel::Linear => linear(m, ins, out),
+        Kernel::Linear => products::linear(m, ins, out),
         Kernel::SiluMul => {
             cpu::silu_mul(pool, isa, ins[0].f32()?, ins[1].f32()?, floats(out)?);
             Ok(())
@@ -65,7 +66,7 @@ pub(super) fn run(
                 Ok(())
             }
             Op::Reduce(r, axis) => reduce(m, *r, usize::from(*axis), &ins[0], out),
-            Op::MatMul { trans_b } => matmul(m, *trans_b, ins, out),
+            Op::MatMul { trans_b } => products::matmul(m, *trans_b, ins, out),
             Op::Rope(attr) => rope(m, attr, ins, out),
             Op::CausalMask => {
                 let total = dims.size(Dim::Sym(Sym::T));
@@ -82,7 +83,11 @@ pub(super) fn run(
                 Ok(())
             }
             Op::Cast(_) => cast(op, &ins[0], out),
-            Op::Transpose(perm) => transpose(perm, &ins[0], out),
+            Op::Transpose(perm) => {
+                let perm: Vec<usize> = perm.iter().map(|&p| usize::from(p)).collect();
+                cpu::transpose(pool, isa, ins[0].f32()?, &ins[0].shape, &perm, floats(out)?);
+                Ok(())
+            }
             Op::Slice { axis, start, len } => {
                 let at = usize::from(*axis);
                 let (outer, inner) = split(&ins[0].shape, at);
@@ -105,8 +110,21 @@ pub(super) fn run(
                 }
                 Ok(())
             }
+            Op::ModeMul { inner } => {
+                let (x, mat, n) = (&ins[0], ins[1].widened()?, out_shape.last().copied().unwrap_or(1));
+                let l = ins[1].shape.last().copied().unwrap_or(1);
+                cpu::mode_mul(pool, isa, &x.widened()?, n, (&mat, l, *inner as usize), floats(out)?);
+                Ok(())
+            }
+            Op::Hadamard { block, inverse } => {
+                let (x, n) = (ins[0].widened()?, out_shape.last().copied().unwrap_or(1));
+                let signs = ins.get(1).map(In::widened).transpose()?;
+                let how = (*block as usize, *inverse);
+                cpu::hadamard(pool, isa, &x, n, how, signs.as_deref(), floats(out)?, &m.scratch);
+                Ok(())
+            }
             Op::BroadcastLike => broadcast(&ins[0], out),
-            Op::Outer => outer(m, ins, out),
+            Op::Outer => products::outer(m, ins, out),
             Op::Inverse => {
                 let n = out_shape.last().copied().unwrap_or(1);
                 let x = ins[0].widened()?;
@@ -122,8 +140,6 @@ pub(super) fn run(
             | Op::Call(_)
             | Op::Attention(_)
             | Op::AttentionGrad(_)
-            | Op::ModeMul { .. }
-            | Op::Hadamard { .. }
             | Op::Edge
             | Op::Clip(_)
             | Op::ClipRange(_)
@@ -161,33 +177,6 @@ fn unary(m: &Machine, op: UnaryOp, x: &In<'_>, out: &mut Out) -> Result<(), Engi
         }
     };
     cpu::unary(&m.pool, m.isa, op, &x.widened()?, floats(out)?);
-    Ok(())
-}
-
-fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
-    let (pool, isa) = (&m.pool, m.isa);
-    let (n, k) = (ins[1].shape[0], ins[1].shape[1]);
-    let x = ins[0].f32()?;
-    let rows = x.len() / k.max(1);
-    let view = match ins[1].data {
-        Slice::Const(c) => c.view(),
-        Slice::F32(v) => Some(cpu::WeightView::F32(v)),
-        _ => None,
-    };
-    let y = floats(out)?;
-    let view = view.ok_or_else(wrong_kind)?;
-    let split = matches!(&view, cpu::WeightView::F32(w) if m.split_linear(x, w, (rows, k, n), y));
-    if !split {
-        cpu::linear(pool, isa, x, (rows, k), &view, n, y, &m.scratch);
-    }
-    if let Some(bias) = ins.get(2) {
-        let bias = bias.widened()?;
-        pool.for_chunks(y, n.max(1) * 64, |_, rows| {
-            for row in rows.chunks_mut(n) {
-                row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
-            }
-        });
-    }
     Ok(())
 }
 
@@ -241,51 +230,8 @@ fn reduce(m: &Machine, op: ReduceOp, axis: usize, x: &In<'_>, out: &mut Out) -> 
     Ok(())
 }
 
-fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
-    let shape = out.0.clone();
-    let (a, b) = (&ins[0], &ins[1]);
-    let (ra, rb) = (a.shape.len(), b.shape.len());
-    let (rows, k) = (a.shape[ra - 2], a.shape[ra - 1]);
-    let n = shape[shape.len() - 1];
-    let (av, bv) = (a.widened()?, b.widened()?);
-    let y = floats(out)?;
-    let right = |data| {
-        if trans_b { MatRef::new(data, n, k).t() } else { MatRef::new(data, k, n) }
-    };
-    // A plain matrix on the right serves all rows of a batch at once.
-    if rb == 2 {
-        let rows = av.len() / k.max(1);
-        if trans_b && m.split_linear(&av, &bv, (rows, k, n), y) {
-            return Ok(());
-        }
-        cpu::matmul(&m.pool, m.isa, MatRef::new(&av, rows, k), right(&bv), y, n);
-        return Ok(());
-    }
-    let lead = &shape[..shape.len() - 2];
-    let batch: usize = lead.iter().product();
-    if a.shape[..ra - 2] == *lead && b.shape[..rb - 2] == *lead {
-        let (am, bm) = (MatRef::new(&av, rows, k), right(&bv));
-        cpu::matmul_batched(&m.pool, m.isa, batch, (am, rows * k), (bm, n * k), y, (n, rows * n));
-        return Ok(());
-    }
-    for i in 0..batch {
-        let at = |s: &[usize]| broadcast_index(i, lead, &s[..s.len() - 2]);
-        let (ia, ib) = (at(&a.shape), at(&b.shape));
-        let am = MatRef::new(&av[ia * rows * k..], rows, k);
-        cpu::matmul(
-            &m.pool,
-            m.isa,
-            am,
-            right(&bv[ib * n * k..]),
-            &mut y[i * rows * n..(i + 1) * rows * n],
-            n,
-        );
-    }
-    Ok(())
-}
-
 /// The place in a tensor of leading dimensions `dims` of the element at place `i` of the common leading dimensions.
-fn broadcast_index(i: usize, common: &[usize], dims: &[usize]) -> usize {
+pub(super) fn broadcast_index(i: usize, common: &[usize], dims: &[usize]) -> usize {
     let (mut rest, mut at, mut stride) = (i, 0, 1);
     let skip = common.len() - dims.len();
     for (axis, &n) in common.iter().enumerate().rev() {
@@ -318,16 +264,6 @@ fn rope(m: &Machine, attr: &RopeAttr, ins: &[In<'_>], out: &mut Out) -> Result<(
     Ok(())
 }
 
-/// `aᵀ b` over all leading positions.
-fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
-    let (rows, cols) = (out.0[0], out.0[1]);
-    let (a, b) = (ins[0].f32()?, ins[1].f32()?);
-    let count = a.len() / rows.max(1);
-    let (a, b) = (MatRef::new(a, count, rows), MatRef::new(b, count, cols));
-    cpu::matmul(&m.pool, m.isa, a.t(), b, floats(out)?, cols);
-    Ok(())
-}
-
 /// Repeats elements along the axes that have size 1, or are not there.
 fn broadcast(x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
     let shape = out.0.clone();
@@ -344,26 +280,6 @@ fn broadcast(x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
             true => y.fill(data[at]),
             false => y.copy_from_slice(&data[at..at + n]),
         }
-    }
-    Ok(())
-}
-
-fn transpose(perm: &[u8], x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
-    let mut strides = vec![1; x.shape.len()];
-    for i in (0..x.shape.len().saturating_sub(1)).rev() {
-        strides[i] = strides[i + 1] * x.shape[i + 1];
-    }
-    let steps: Vec<usize> = perm.iter().map(|&p| strides[usize::from(p)]).collect();
-    let shape = out.0.clone();
-    let (data, y) = (x.widened()?, floats(out)?);
-    let (n, step) = (shape.last().copied().unwrap_or(1).max(1), steps.last().copied().unwrap_or(1));
-    for (r, row) in y.chunks_mut(n).enumerate() {
-        let (mut rest, mut at) = (r, 0);
-        for (size, stride) in shape.iter().zip(&steps).rev().skip(1) {
-            at += rest % size * stride;
-            rest /= size;
-        }
-        row.iter_mut().enumerate().for_each(|(i, y)| *y = data[at + i * step]);
     }
     Ok(())
 }

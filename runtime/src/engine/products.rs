@@ -1,0 +1,113 @@
+//! Products of matrices, and the gradient of attention, which is made of them.
+
+use qrmc_ir::{AttnAttr, EngineError};
+
+use super::Machine;
+use super::exec::{In, Slice, wrong_kind};
+use super::prims::{Out, broadcast_index, floats};
+use crate::cpu::{self, AttnShape, MatRef};
+
+/// `x wᵀ`, and a bias.
+pub(super) fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let (pool, isa) = (&m.pool, m.isa);
+    let (n, k) = (ins[1].shape[0], ins[1].shape[1]);
+    let x = ins[0].f32()?;
+    let rows = x.len() / k.max(1);
+    let view = match ins[1].data {
+        Slice::Const(c) => c.view(),
+        Slice::F32(v) => Some(cpu::WeightView::F32(v)),
+        _ => None,
+    };
+    let y = floats(out)?;
+    let view = view.ok_or_else(wrong_kind)?;
+    let split = matches!(&view, cpu::WeightView::F32(w) if m.split_linear(x, w, (rows, k, n), y));
+    if !split {
+        cpu::linear(pool, isa, x, (rows, k), &view, n, y, &m.scratch);
+    }
+    if let Some(bias) = ins.get(2) {
+        let bias = bias.widened()?;
+        pool.for_chunks(y, n.max(1) * 64, |_, rows| {
+            for row in rows.chunks_mut(n) {
+                row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
+            }
+        });
+    }
+    Ok(())
+}
+
+/// A matrix product; leading dimensions broadcast.
+pub(super) fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let shape = out.0.clone();
+    let (a, b) = (&ins[0], &ins[1]);
+    let (ra, rb) = (a.shape.len(), b.shape.len());
+    let (rows, k) = (a.shape[ra - 2], a.shape[ra - 1]);
+    let n = shape[shape.len() - 1];
+    let (av, bv) = (a.widened()?, b.widened()?);
+    let y = floats(out)?;
+    let right = |data| {
+        if trans_b { MatRef::new(data, n, k).t() } else { MatRef::new(data, k, n) }
+    };
+    // A plain matrix on the right serves all rows of a batch at once.
+    if rb == 2 {
+        let rows = av.len() / k.max(1);
+        if trans_b && m.split_linear(&av, &bv, (rows, k, n), y) {
+            return Ok(());
+        }
+        cpu::matmul(&m.pool, m.isa, MatRef::new(&av, rows, k), right(&bv), y, n);
+        return Ok(());
+    }
+    let lead = &shape[..shape.len() - 2];
+    let batch: usize = lead.iter().product();
+    if a.shape[..ra - 2] == *lead && b.shape[..rb - 2] == *lead {
+        let (am, bm) = (MatRef::new(&av, rows, k), right(&bv));
+        cpu::matmul_batched(&m.pool, m.isa, batch, (am, rows * k), (bm, n * k), y, (n, rows * n));
+        return Ok(());
+    }
+    for i in 0..batch {
+        let at = |s: &[usize]| broadcast_index(i, lead, &s[..s.len() - 2]);
+        let (ia, ib) = (at(&a.shape), at(&b.shape));
+        let am = MatRef::new(&av[ia * rows * k..], rows, k);
+        cpu::matmul(
+            &m.pool,
+            m.isa,
+            am,
+            right(&bv[ib * n * k..]),
+            &mut y[i * rows * n..(i + 1) * rows * n],
+            n,
+        );
+    }
+    Ok(())
+}
+
+/// `aᵀ b` over all leading positions.
+pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let (rows, cols) = (out.0[0], out.0[1]);
+    let (a, b) = (ins[0].f32()?, ins[1].f32()?);
+    let count = a.len() / rows.max(1);
+    let (a, b) = (MatRef::new(a, count, rows), MatRef::new(b, count, cols));
+    cpu::matmul(&m.pool, m.isa, a.t(), b, floats(out)?, cols);
+    Ok(())
+}
+
+/// Gradients of the three operands of an attention.
+pub(super) fn attention_grad(
+    m: &Machine,
+    a: &AttnAttr,
+    ins: &[In<'_>],
+    outs: &mut [Out],
+) -> Result<(), EngineError> {
+    let [batch, seq, width] = ins[0].shape[..] else { return Err(wrong_kind()) };
+    let shape = AttnShape {
+        batch,
+        seq,
+        past: ins[1].shape[1] - seq,
+        heads: a.heads as usize,
+        kv_heads: a.kv_heads as usize,
+        head_dim: width / a.heads as usize,
+    };
+    let data = [ins[0].f32()?, ins[1].f32()?, ins[2].f32()?, ins[3].f32()?];
+    let [dq, dk, dv] = outs else { return Err(wrong_kind()) };
+    let outs = [floats(dq)?, floats(dk)?, floats(dv)?];
+    cpu::attention_grad(&m.pool, m.isa, &shape, a.scale.0 as f32, data, outs, &m.scratch);
+    Ok(())
+}
