@@ -4,6 +4,7 @@
 mod awq;
 mod cli;
 mod hostile;
+mod methods;
 mod numerics;
 mod passes;
 mod resume;

@@ -36,6 +36,19 @@ pub(crate) fn pipeline(text: &str) -> Pipeline {
 
 /// Compiles a model in memory, with every check on.
 pub(crate) fn compile(name: &str, text: &str, calibration: &Calibration) -> (Unit, Vec<PassReport>, Losses) {
+    run(name, &pipeline(text), calibration)
+}
+
+/// As [`compile`], without presets, and without placing what is inserted.
+pub(crate) fn compile_raw(
+    name: &str,
+    text: &str,
+    calibration: &Calibration,
+) -> (Unit, Vec<PassReport>, Losses) {
+    run(name, &parse_pipeline(text).unwrap(), calibration)
+}
+
+fn run(name: &str, pipeline: &Pipeline, calibration: &Calibration) -> (Unit, Vec<PassReport>, Losses) {
     let model = import(name);
     let engine = CpuEngine::new(2).unwrap();
     let mut unit = Unit::new(model.module, Arc::new(Source(model.source.weights)));
@@ -48,8 +61,8 @@ pub(crate) fn compile(name: &str, text: &str, calibration: &Calibration) -> (Uni
         report: &mut losses,
     };
     let reports = Manager { check: true, seed: 7, after: &mut |_, _| {} }
-        .run(&mut unit, &pipeline(text), &mut cx)
-        .unwrap_or_else(|e| panic!("{name} {text}: {e}"));
+        .run(&mut unit, pipeline, &mut cx)
+        .unwrap_or_else(|e| panic!("{name} {pipeline}: {e}"));
     (unit, reports, losses)
 }
 
@@ -74,7 +87,7 @@ fn placed_scales_cost_nothing_online() {
     for (name, edges) in [("llama-mha-tied", 4), ("qwen2-bias-tied", 3), ("qwen3-qknorm", 3)] {
         let calibration = windows(256, 4, 64);
         let model = format!("fixtures/{name}");
-        let (plain, ..) = compile(&model, "scale{w=4,group=8}", &calibration);
+        let (plain, ..) = compile_raw(&model, "scale{w=4,group=8}", &calibration);
         let (placed, ..) = compile(&model, "scale{w=4,group=8},place-transforms", &calibration);
         let online = |u: &Unit| {
             let f = u.module.func(u.module.layers()[0]);
@@ -99,7 +112,7 @@ fn a_broken_half_is_found() {
     let calibration = windows(256, 4, 64);
     let engine = CpuEngine::new(2).unwrap();
     for text in ["scale{w=4,group=8}", "scale{w=4,group=8},place-transforms"] {
-        let (unit, ..) = compile("fixtures/qwen2-bias-tied", text, &calibration);
+        let (unit, ..) = compile_raw("fixtures/qwen2-bias-tied", text, &calibration);
         let source = import("fixtures/qwen2-bias-tied").module;
         let ids = seeded_tokens(3, 32, 256);
         let layer = unit.module.layers()[1];
@@ -141,7 +154,11 @@ fn golden_one_layer_of_awq() {
         ("clip", "scale{w=4,group=8},place-transforms,annotate{group=8,rule=awq},clip-search"),
         ("rtn", "awq{bits=4,group=8}"),
     ] {
-        let (unit, ..) = compile(model, text, &calibration);
+        let (unit, ..) = run(
+            model,
+            &if name == "rtn" { pipeline(text) } else { parse_pipeline(text).unwrap() },
+            &calibration,
+        );
         let f = unit.module.func(unit.module.layers()[0]);
         assert_snapshot!(format!("awq_{name}"), print_func(&unit.module, f));
     }

@@ -39,7 +39,7 @@ pub(crate) fn width(func: &Func, v: ValueId) -> u64 {
 }
 
 /// The weight behind a weight-derived value: the first operand of every weight-side operation is the weight itself.
-fn weight_behind<'m>(module: &'m Module, func: &Func, mut v: ValueId) -> Option<&'m str> {
+pub(crate) fn weight_behind<'m>(module: &'m Module, func: &Func, mut v: ValueId) -> Option<&'m str> {
     while let Some(n) = func.def_node(v) {
         if let Op::Weight(w) = n.op {
             return Some(&module.weight(w).name);

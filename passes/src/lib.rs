@@ -33,6 +33,7 @@ pub use manager::{Manager, PassReport, PipelineError, legal};
 pub use options::{OptionInfo, OptionValue};
 pub use pass::{LayerLoss, Pass, PassCx, PassError, PassInfo, Preserves, Report, Stage};
 pub use pipeline::{Call, Pipeline, parse_pipeline};
+pub use place::place_transforms;
 pub use presets::{PRESETS, Preset, expand_presets};
 pub use registry::{PASSES, PassEntry, build, find};
 pub use unit::{Overlay, Unit};

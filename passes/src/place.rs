@@ -49,14 +49,26 @@ impl Pass for Place {
     }
 
     fn run(&self, unit: &mut Unit, _cx: &mut PassCx<'_>) -> Result<(), PassError> {
-        for at in 0..unit.module.funcs.len() {
-            let calls = unit.module.funcs[at].nodes.iter().any(|n| matches!(n.op, qrmc_ir::Op::Call(_)));
-            if !calls {
-                unit.module.funcs[at] = place(&unit.module, &unit.module.funcs[at], &self.0)?;
-            }
-        }
-        Ok(())
+        Ok(place_all(unit, &self.0)?)
     }
+}
+
+/// Places the inserted transforms of every function, as `place-transforms` does by default.
+///
+/// # Errors
+/// If saturation does not end within its bounds.
+pub fn place_transforms(unit: &mut Unit) -> Result<(), Diag> {
+    place_all(unit, &PlaceOptions::default())
+}
+
+fn place_all(unit: &mut Unit, o: &PlaceOptions) -> Result<(), Diag> {
+    for at in 0..unit.module.funcs.len() {
+        let calls = unit.module.funcs[at].nodes.iter().any(|n| matches!(n.op, qrmc_ir::Op::Call(_)));
+        if !calls {
+            unit.module.funcs[at] = place(&unit.module, &unit.module.funcs[at], o)?;
+        }
+    }
+    Ok(())
 }
 
 /// The cheapest equal form of a function.

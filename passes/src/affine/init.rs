@@ -80,7 +80,7 @@ pub(super) fn draw(
     out.into_iter()
         .map(|(name, data, count, n)| {
             let n = n as usize;
-            let shape = if ranked(&name) { vec![count as usize, n, n] } else { vec![n, n] };
+            let shape = if count > 1 { vec![count as usize, n, n] } else { vec![n, n] };
             (name, Tensor::f32(shape, data))
         })
         .collect()

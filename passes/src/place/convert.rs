@@ -7,7 +7,7 @@ use qrmc_ir::{BinaryOp, Builder, Diag, Dim, Func, Module, Op, Shape, ValueId};
 
 use super::extract::Chosen;
 use super::lang::{Facts, Key, Known, Lin, number};
-use crate::edges::caches;
+use crate::edges::{caches, linears, weight_behind};
 
 /// A function as an e-graph.
 pub(crate) struct Skeleton {
@@ -140,7 +140,20 @@ pub(crate) fn from_egraph(
             }
         });
     }
+    name_inputs(module, f, &mut b.b);
     Ok(b.b.finish(&results))
+}
+
+/// What feeds a linear layer keeps its name, whatever form it has now: passes ask for it by name.
+fn name_inputs(module: &Module, f: &Func, b: &mut Builder<'_>) {
+    for old in linears(f) {
+        let Some(name) = f.value(old.x).name.clone().filter(|n| b.func().find(n).is_none()) else { continue };
+        let weight = weight_behind(module, f, old.w);
+        let new = linears(b.func()).into_iter().find(|l| weight_behind(module, b.func(), l.w) == weight);
+        if let Some(new) = new.filter(|l| b.func().value(l.x).name.is_none()) {
+            b.name(new.x, &name);
+        }
+    }
 }
 
 struct Rebuild<'a> {

@@ -85,7 +85,7 @@ pub(super) fn run(
             Op::Cast(_) => cast(op, &ins[0], out),
             Op::Transpose(perm) => {
                 let perm: Vec<usize> = perm.iter().map(|&p| usize::from(p)).collect();
-                cpu::transpose(pool, isa, ins[0].f32()?, &ins[0].shape, &perm, floats(out)?);
+                cpu::transpose(pool, isa, &ins[0].widened()?, &ins[0].shape, &perm, floats(out)?);
                 Ok(())
             }
             Op::Slice { axis, start, len } => {
@@ -198,7 +198,8 @@ fn gather(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError>
 }
 
 fn reduce(m: &Machine, op: ReduceOp, axis: usize, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
-    let data = x.f32()?;
+    let data = x.widened()?;
+    let data = &data[..];
     let n = x.shape[axis];
     if axis + 1 == x.shape.len() {
         let op = match op {

@@ -82,7 +82,8 @@ pub(super) fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) 
 /// `aᵀ b` over all leading positions.
 pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
     let (rows, cols) = (out.0[0], out.0[1]);
-    let (a, b) = (ins[0].f32()?, ins[1].f32()?);
+    let (a, b) = (ins[0].widened()?, ins[1].widened()?);
+    let (a, b) = (&a[..], &b[..]);
     let count = a.len() / rows.max(1);
     let (a, b) = (MatRef::new(a, count, rows), MatRef::new(b, count, cols));
     cpu::matmul(&m.pool, m.isa, a.t(), b, floats(out)?, cols);
