@@ -206,6 +206,35 @@ pub fn matmul_batched(
     });
 }
 
+/// `out[n, n] = xᵀ x`: tiles on and below the diagonal are computed, the others are their mirror images.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn gram(pool: &Pool, x: MatRef<'_>, out: &mut [f32]) {
+    const SIDE: usize = 256;
+    let n = x.cols;
+    assert_eq!(out.len(), n * n, "a [{n}, {n}] product");
+    let side = n.div_ceil(SIDE);
+    let tiles: Vec<(usize, usize)> = (0..side).flat_map(|i| (0..=i).map(move |j| (i, j))).collect();
+    let out = SharedMut::new(out);
+    pool.for_each(tiles.len(), |task| {
+        let (row, col) = (tiles[task].0 * SIDE, tiles[task].1 * SIDE);
+        let (rows, cols) = (SIDE.min(n - row), SIDE.min(n - col));
+        let (a, b) = (x.part(0, row, x.rows, rows).t(), x.part(0, col, x.rows, cols));
+        // SAFETY: inside `out`; each task has a tile of its own.
+        unsafe { product_at(a, b, 1.0, false, out.ptr_at(row * n + col), n) };
+        for i in (0..rows).filter(|_| row != col) {
+            // SAFETY: a row of this task's tile, which is written no more.
+            let from = unsafe { out.part((row + i) * n + col, cols) };
+            for (j, x) in from.iter().enumerate() {
+                // SAFETY: an element of the mirror image of this task's tile.
+                let image = unsafe { out.part((col + j) * n + row + i, 1) };
+                image[0] = *x;
+            }
+        }
+    });
+}
+
 /// Operand `i` of a batch.
 fn nth(x: MatRef<'_>, step: usize, i: usize) -> MatRef<'_> {
     MatRef::strided(&x.data[(i * step).min(x.data.len())..], x.rows, x.cols, x.row_stride, x.col_stride)
@@ -326,6 +355,22 @@ mod tests {
                     let want = naive(MatRef::new(&a[i * m * k..], m, k), right);
                     close(&out[i * m * n..(i + 1) * m * n], &want, 1e-5, "batched");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_gram_matrix_is_symmetric_and_alike_on_any_threads() {
+        for (count, n) in [(3, 1), (40, 70), (70, 300), (9, 600)] {
+            let x = noise(count * n, 7);
+            let x = MatRef::new(&x, count, n);
+            let (want, mut first) = (naive(x.t(), x), None);
+            for threads in [1, 2, 3] {
+                let mut out = vec![f32::NAN; n * n];
+                gram(&Pool::new(threads).unwrap(), x, &mut out);
+                close(&out, &want, 1e-5, "gram");
+                assert!((0..n * n).all(|i| (out[i] - out[i % n * n + i / n]).abs() < 1e-5));
+                assert_eq!(*first.get_or_insert_with(|| bits(&out)), bits(&out));
             }
         }
     }

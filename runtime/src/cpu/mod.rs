@@ -33,7 +33,7 @@ pub mod weight;
 pub use attention::{AttnShape, Rows, attention};
 pub use attention_grad::attention_grad;
 pub use elementwise::{BinaryOp, UnaryOp, binary, silu_mul, unary};
-pub use gemm::{MatRef, matmul, matmul_batched};
+pub use gemm::{MatRef, gram, matmul, matmul_batched};
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use pool::{Pool, PoolError, Scratch, ScratchBuf};

@@ -9,7 +9,11 @@
 use std::arch::asm;
 
 use super::pool::{Pool, Scratch, SharedMut};
-use super::simd::{Isa, Kernel, Lanes};
+use super::simd::Isa;
+
+mod pack;
+
+pub use pack::Operand;
 
 /// Rows and columns of a block that one pass over the inner dimension computes: two tiles by two.
 const BLOCK: usize = 32;
@@ -32,23 +36,27 @@ impl Amx {
         if detect() && permit() { Some(Amx(())) } else { None }
     }
 
-    /// `out[m, n] = a[m, k] wᵀ` for `w[n, k]`, all row-major and dense.
+    /// `out[m, n] = a bᵀ` for `a[m, k]` and `b[n, k]`; `out` is row-major and dense.
+    ///
+    /// The two may be one operand: then each block and its mirror image are computed once.
     ///
     /// # Panics
     /// If a length does not fit.
-    pub fn linear(
+    pub fn product(
         self,
         pool: &Pool,
-        a: &[f32],
-        w: &[f32],
+        a: Operand<'_>,
+        b: Operand<'_>,
         (m, k, n): (usize, usize, usize),
         out: &mut [f32],
         scratch: &Scratch,
     ) {
-        assert_eq!((a.len(), w.len(), out.len()), (m * k, n * k, m * n), "a product [{m}, {k}] x [{k}, {n}]");
+        let lens = (a.data().len(), b.data().len(), out.len());
+        assert_eq!(lens, (m * k, n * k, m * n), "a product [{m}, {k}] x [{k}, {n}]");
         if m == 0 || n == 0 {
             return;
         }
+        let mirrored = m == n && a == b;
         let steps = k.div_ceil(DEPTH);
         let (rows, cols) = (m.div_ceil(BLOCK), n.div_ceil(BLOCK));
         // Two 16-bit parts take as much room as one float; 16 floats more let the data start on a cache line.
@@ -56,46 +64,52 @@ impl Amx {
         let mut right = scratch.take(cols * steps * STEP / 2 + 16);
         let (left, right) = (aligned(&mut left), aligned(&mut right));
         let isa = Isa::detect();
-        pool.for_chunks(left, steps * STEP, |i, out| {
-            isa.run(Pack::<false> { x: a, rows: m, k, first: i * BLOCK, out });
-        });
-        pool.for_chunks(right, steps * STEP, |i, out| {
-            isa.run(Pack::<true> { x: w, rows: n, k, first: i * BLOCK, out });
-        });
+        pool.for_chunks(left, steps * STEP, |i, out| a.pack::<false>(isa, (m, k), i * BLOCK, out));
+        pool.for_chunks(right, steps * STEP, |i, out| b.pack::<true>(isa, (n, k), i * BLOCK, out));
         let (left, right) = (&*left, &*right);
         // Column shares keep both threads busy when there are few rows.
         let share = if rows >= 4 * TASK_BLOCKS { cols } else { cols.div_ceil(4) };
         let (down, across) = (rows.div_ceil(TASK_BLOCKS), cols.div_ceil(share));
         let out = SharedMut::new(out);
         pool.for_each(down * across, |task| {
-            let (r0, c0) = (task / across * TASK_BLOCKS, task % across * share);
+            // The last rows have the most to do in a mirrored product.
+            let (r0, c0) = ((down - 1 - task / across) * TASK_BLOCKS, task % across * share);
             let _tiles = Tiles::configure();
             let mut edge = Box::new(Aligned([[0.0; BLOCK * BLOCK]; TASK_BLOCKS]));
             let r1 = rows.min(r0 + TASK_BLOCKS);
             for c in c0..cols.min(c0 + share) {
+                let r0 = if mirrored { r0.max(c).min(r1) } else { r0 };
                 let width = BLOCK.min(n - c * BLOCK);
                 let height = |r: usize| BLOCK.min(m - r * BLOCK);
                 let at = |r: usize| r * BLOCK * n + c * BLOCK;
+                // A block that is also written turned, or in part, is finished beside `out`.
+                let aside = |r: usize| (height(r), width) != (BLOCK, BLOCK) || mirrored;
                 // A run of the right side stays in the first-level cache while all rows pass it.
                 for from in (0..steps.max(1)).step_by(RUN) {
                     let run = RUN.min(steps - from);
                     let b = &right[(c * steps + from) * STEP..(c * steps + from + run) * STEP];
                     for r in r0..r1 {
                         let a = &left[(r * steps + from) * STEP..(r * steps + from + run) * STEP];
-                        let (to, stride) = match (height(r), width) {
-                            (BLOCK, BLOCK) => (out.ptr_at(at(r)), n),
-                            _ => (edge.0[r - r0].as_mut_ptr(), BLOCK),
+                        let (to, stride) = match aside(r) {
+                            false => (out.ptr_at(at(r)), n),
+                            true => (edge.0[r % TASK_BLOCKS].as_mut_ptr(), BLOCK),
                         };
                         // SAFETY: this thread's tiles are configured, and an `Amx` proves that the machine has them;
                         // the block lies inside `out` or `edge` and is this task's alone.
                         unsafe { multiply(a, b, run, from > 0, to, stride) };
                     }
                 }
-                for r in (r0..r1).filter(|&r| (height(r), width) != (BLOCK, BLOCK)) {
+                for r in (r0..r1).filter(|&r| aside(r)) {
+                    let block = &edge.0[r % TASK_BLOCKS];
                     for i in 0..height(r) {
                         // SAFETY: inside `out`; each block is written by one task.
                         let row = unsafe { out.part(at(r) + i * n, width) };
-                        row.copy_from_slice(&edge.0[r - r0][i * BLOCK..i * BLOCK + width]);
+                        row.copy_from_slice(&block[i * BLOCK..i * BLOCK + width]);
+                    }
+                    for j in (0..width).filter(|_| mirrored && r > c) {
+                        // SAFETY: inside `out`; the mirror image of a block belongs to the task of the block.
+                        let row = unsafe { out.part((c * BLOCK + j) * n + r * BLOCK, height(r)) };
+                        row.iter_mut().enumerate().for_each(|(i, y)| *y = block[i * BLOCK + j]);
                     }
                 }
             }
@@ -111,66 +125,6 @@ fn aligned(buf: &mut [f32]) -> &mut [u16] {
     let skip = buf.as_ptr().align_offset(64).min(16);
     let len = buf.len() - 16;
     bytemuck::cast_slice_mut(&mut buf[skip..skip + len])
-}
-
-/// The nearest bfloat16 of `x`, as bits.
-#[inline(always)]
-fn nearest(x: f32) -> u32 {
-    let bits = x.to_bits();
-    (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-}
-
-/// High and low part of `x`.
-#[inline(always)]
-fn parts(x: f32) -> (u32, u32) {
-    let high = nearest(x);
-    (high, nearest(x - f32::from_bits(high << 16)))
-}
-
-/// Packs 32 rows from `first` of `x[rows, k]`, zeros beyond its ends. For each step: two tiles of high parts, two of low
-/// ones, each of 16 rows. `PAIRED` is the order of a right operand: pairs of inner elements, then rows.
-struct Pack<'a, const PAIRED: bool> {
-    x: &'a [f32],
-    rows: usize,
-    k: usize,
-    first: usize,
-    out: &'a mut [u16],
-}
-
-impl<const PAIRED: bool> Kernel for Pack<'_, PAIRED> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        for (step, out) in self.out.chunks_exact_mut(STEP).enumerate() {
-            let (high, low) = out.split_at_mut(STEP / 2);
-            let from = step * DEPTH;
-            for r in 0..BLOCK {
-                let mut line = [0.0f32; DEPTH];
-                if self.first + r < self.rows && from < self.k {
-                    let len = DEPTH.min(self.k - from);
-                    line[..len].copy_from_slice(&self.x[(self.first + r) * self.k + from..][..len]);
-                }
-                let (mut h, mut l) = ([0u16; DEPTH], [0u16; DEPTH]);
-                for i in 0..DEPTH {
-                    let (a, b) = parts(line[i]);
-                    h[i] = a as u16;
-                    l[i] = b as u16;
-                }
-                let (tile, row) = (r / 16 * 16 * DEPTH, r % 16);
-                if PAIRED {
-                    for p in 0..DEPTH / 2 {
-                        let at = tile + p * 32 + 2 * row;
-                        high[at..at + 2].copy_from_slice(&h[2 * p..2 * p + 2]);
-                        low[at..at + 2].copy_from_slice(&l[2 * p..2 * p + 2]);
-                    }
-                } else {
-                    high[tile + row * DEPTH..][..DEPTH].copy_from_slice(&h);
-                    low[tile + row * DEPTH..][..DEPTH].copy_from_slice(&l);
-                }
-            }
-        }
-    }
 }
 
 /// This thread's tile registers, given back when dropped.
@@ -302,31 +256,58 @@ fn permit() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{bits, noise, pools};
+    use super::super::testing::{bits, noise, pools3};
     use super::*;
 
+    fn turned(x: &[f32], rows: usize, k: usize) -> Vec<f32> {
+        (0..rows * k).map(|at| x[at % rows * k + at / rows]).collect()
+    }
+
+    fn check(out: &[f32], a: &[f32], w: &[f32], (m, k, n): (usize, usize, usize)) {
+        for (at, &y) in out.iter().enumerate() {
+            let (i, j) = (at / n, at % n);
+            let pairs = (0..k).map(|p| (f64::from(a[i * k + p]), f64::from(w[j * k + p])));
+            let (sum, size) = pairs.fold((0.0, 0.0), |(s, z), (x, y)| (s + x * y, z + (x * y).abs()));
+            let error = (f64::from(y) - sum).abs();
+            assert!(error <= size * 2f64.powi(-15), "[{m}, {k}, {n}] at {i}, {j}: off by {error} of {size}");
+        }
+    }
+
     #[test]
-    fn close_to_exact_products_and_alike_on_any_threads() {
+    fn close_to_exact_products_and_alike_on_any_threads_and_layouts() {
         let Some(amx) = Amx::request() else { return };
         for (m, k, n) in [(1, 1, 1), (33, 31, 40), (64, 576, 192), (70, 300, 97), (300, 64, 33)] {
             let (a, w) = (noise(m * k, 1), noise(n * k, 2));
+            let (at, wt) = (turned(&a, m, k), turned(&w, n, k));
             let mut first = None;
-            for pool in &pools() {
-                let mut out = vec![7.0; m * n];
-                amx.linear(pool, &a, &w, (m, k, n), &mut out, &Scratch::new());
-                for i in 0..m {
-                    for j in 0..n {
-                        let pairs = (0..k).map(|p| (f64::from(a[i * k + p]), f64::from(w[j * k + p])));
-                        let (sum, size) =
-                            pairs.fold((0.0, 0.0), |(s, z), (x, y)| (s + x * y, z + (x * y).abs()));
-                        let error = (f64::from(out[i * n + j]) - sum).abs();
-                        assert!(
-                            error <= size * 2f64.powi(-15),
-                            "[{m}, {k}, {n}] at {i}, {j}: off by {error} of {size}"
-                        );
+            for pool in &pools3() {
+                for a in [Operand::Rows(&a), Operand::Columns(&at)] {
+                    for b in [Operand::Rows(&w), Operand::Columns(&wt)] {
+                        let mut out = vec![7.0; m * n];
+                        amx.product(pool, a, b, (m, k, n), &mut out, &Scratch::new());
+                        assert_eq!(*first.get_or_insert_with(|| bits(&out)), bits(&out));
                     }
                 }
-                assert_eq!(*first.get_or_insert_with(|| bits(&out)), bits(&out));
+            }
+            let out: Vec<f32> = first.unwrap().into_iter().map(f32::from_bits).collect();
+            check(&out, &a, &w, (m, k, n));
+        }
+    }
+
+    #[test]
+    fn a_matrix_times_itself_is_symmetric() {
+        let Some(amx) = Amx::request() else { return };
+        for (n, k) in [(1, 3), (31, 70), (64, 33), (300, 40), (1100, 10)] {
+            let x = noise(n * k, 3);
+            let xt = turned(&x, n, k);
+            for pool in &pools3() {
+                for a in [Operand::Rows(&x), Operand::Columns(&xt)] {
+                    let mut out = vec![7.0; n * n];
+                    amx.product(pool, a, a, (n, k, n), &mut out, &Scratch::new());
+                    check(&out, &x, &x, (n, k, n));
+                    assert!((0..n * n).all(|at| at / n / BLOCK == at % n / BLOCK
+                        || out[at].to_bits() == out[at % n * n + at / n].to_bits()));
+                }
             }
         }
     }

@@ -33,16 +33,34 @@ struct Machine {
 }
 
 impl Machine {
-    /// `out = x wᵀ` in split products, if this machine does that and they pay.
-    fn split_linear(&self, x: &[f32], w: &[f32], shape: (usize, usize, usize), out: &mut [f32]) -> bool {
+    /// `out[m, n] = a bᵀ` over `k` in split products, if this machine does that and they pay.
+    fn split_product(
+        &self,
+        a: Stored<'_>,
+        b: Stored<'_>,
+        shape: (usize, usize, usize),
+        out: &mut [f32],
+    ) -> bool {
         #[cfg(target_arch = "x86_64")]
         if let Some(amx) = self.split.filter(|_| shape.0 >= 64) {
-            amx.linear(&self.pool, x, w, shape, out, &self.scratch);
+            use crate::cpu::split::Operand;
+            let [a, b] = [a, b].map(|x| match x {
+                Stored::Rows(x) => Operand::Rows(x),
+                Stored::Columns(x) => Operand::Columns(x),
+            });
+            amx.product(&self.pool, a, b, shape, out, &self.scratch);
             return true;
         }
-        let _ = (x, w, shape, out);
+        let _ = (a, b, shape, out);
         false
     }
+}
+
+/// An operand `[rows, k]` of a product, row after row or transposed.
+#[derive(Clone, Copy)]
+enum Stored<'a> {
+    Rows(&'a [f32]),
+    Columns(&'a [f32]),
 }
 
 /// Runs functions on the CPU.

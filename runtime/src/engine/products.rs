@@ -2,9 +2,9 @@
 
 use qrmc_ir::{AttnAttr, EngineError};
 
-use super::Machine;
 use super::exec::{In, Slice, wrong_kind};
 use super::prims::{Out, broadcast_index, floats};
+use super::{Machine, Stored};
 use crate::cpu::{self, AttnShape, MatRef};
 
 /// `x wᵀ`, and a bias.
@@ -20,7 +20,7 @@ pub(super) fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), E
     };
     let y = floats(out)?;
     let view = view.ok_or_else(wrong_kind)?;
-    let split = matches!(&view, cpu::WeightView::F32(w) if m.split_linear(x, w, (rows, k, n), y));
+    let split = matches!(&view, cpu::WeightView::F32(w) if m.split_product(Stored::Rows(x), Stored::Rows(w), (rows, k, n), y));
     if !split {
         cpu::linear(pool, isa, x, (rows, k), &view, n, y, &m.scratch);
     }
@@ -50,7 +50,8 @@ pub(super) fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) 
     // A plain matrix on the right serves all rows of a batch at once.
     if rb == 2 {
         let rows = av.len() / k.max(1);
-        if trans_b && m.split_linear(&av, &bv, (rows, k, n), y) {
+        let stored = if trans_b { Stored::Rows(&bv) } else { Stored::Columns(&bv) };
+        if m.split_product(Stored::Rows(&av), stored, (rows, k, n), y) {
             return Ok(());
         }
         cpu::matmul(&m.pool, m.isa, MatRef::new(&av, rows, k), right(&bv), y, n);
@@ -85,6 +86,13 @@ pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), En
     let (a, b) = (ins[0].widened()?, ins[1].widened()?);
     let (a, b) = (&a[..], &b[..]);
     let count = a.len() / rows.max(1);
+    if m.split_product(Stored::Columns(a), Stored::Columns(b), (rows, count, cols), floats(out)?) {
+        return Ok(());
+    }
+    if rows == cols && std::ptr::eq(a, b) {
+        cpu::gram(&m.pool, MatRef::new(a, count, rows), floats(out)?);
+        return Ok(());
+    }
     let (a, b) = (MatRef::new(a, count, rows), MatRef::new(b, count, cols));
     cpu::matmul(&m.pool, m.isa, a.t(), b, floats(out)?, cols);
     Ok(())
