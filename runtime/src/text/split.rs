@@ -58,6 +58,7 @@ impl std::str::FromStr for Split {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
     Parquet,
+    Arrow,
     Json(Codec),
     Text,
 }
@@ -82,6 +83,7 @@ impl Format {
         match stem.rsplit_once('.')?.1 {
             "jsonl" | "ndjson" | "json" => Some(Format::Json(codec)),
             "parquet" if codec == Codec::Plain => Some(Format::Parquet),
+            "arrow" if codec == Codec::Plain => Some(Format::Arrow),
             "txt" | "raw" | "md" if codec == Codec::Plain => Some(Format::Text),
             _ => None,
         }
@@ -92,18 +94,19 @@ impl Format {
         let lines = !name.to_ascii_lowercase().ends_with(".json");
         match self {
             Format::Parquet => 0,
-            Format::Json(Codec::Plain) if lines => 1,
-            Format::Json(Codec::Zstd) => 2,
-            Format::Json(Codec::Gzip) => 3,
-            Format::Json(Codec::Plain) => 4,
-            Format::Text => 5,
+            Format::Arrow => 1,
+            Format::Json(Codec::Plain) if lines => 2,
+            Format::Json(Codec::Zstd) => 3,
+            Format::Json(Codec::Gzip) => 4,
+            Format::Json(Codec::Plain) => 5,
+            Format::Text => 6,
         }
     }
 }
 
 /// The readable forms, in the words of an error.
 pub(super) const READABLE: &str =
-    ".parquet, .jsonl, .ndjson or .json (also with .zst or .gz), .txt, .raw or .md";
+    ".parquet, .arrow, .jsonl, .ndjson or .json (also with .zst or .gz), .txt, .raw or .md";
 
 struct Listing {
     files: Vec<String>,
