@@ -56,17 +56,21 @@ pub(crate) fn load(s: &CalibSettings, tokenizer: &Tokenizer) -> Result<(Calibrat
             "give plain text, or put the template into chat_template.jinja",
         )),
     })?;
-    let (windows, mut report) = match s.sampling {
+    let (windows, report) = match s.sampling {
         SamplingKind::Random => of_one_text(s, &corpus, tokenizer, Sampling::Random { seed: s.seed })?,
         SamplingKind::First => of_one_text(s, &corpus, tokenizer, Sampling::First)?,
         SamplingKind::Packed => of_documents(s, &corpus, tokenizer, Pick::Packed)?,
         SamplingKind::Documents => of_documents(s, &corpus, tokenizer, Pick::Truncated)?,
     };
-    let name =
-        s.path.file_name().map_or_else(|| s.path.display().to_string(), |n| n.to_string_lossy().into());
-    report.description = report.description.replace("{from}", &format!("{name}: {}", corpus.describe()));
     let windows = windows.into_iter().map(|w| w.into_iter().map(|t| t as i32).collect()).collect();
     Ok((Calibration { windows, description: report.description.clone() }, report))
+}
+
+/// Where the text is from.
+fn from(s: &CalibSettings, corpus: &Corpus) -> String {
+    let name =
+        s.path.file_name().map_or_else(|| s.path.display().to_string(), |n| n.to_string_lossy().into());
+    format!("{name}: {}", corpus.describe())
 }
 
 /// Windows of all rows joined and tokenised at once.
@@ -93,10 +97,11 @@ fn of_one_text(
     ranges.iter().for_each(|r| seen[r.clone()].fill(true));
     report.distinct_tokens = seen.iter().filter(|&&s| s).count();
     report.description = format!(
-        "{} windows of {} tokens out of {} from {{from}}; {}; {}",
+        "{} windows of {} tokens out of {} from {}; {}; {}",
         ranges.len(),
         s.seqlen,
         tokens.len(),
+        from(s, corpus),
         join.describe(),
         sampling.describe()
     );
@@ -126,11 +131,12 @@ fn of_documents(
         Pick::Truncated => "at most ",
     };
     report.description = format!(
-        "{} windows of {of}{} tokens, {} in all, of {} documents from {{from}}; {}",
+        "{} windows of {of}{} tokens, {} in all, of {} documents from {}; {}",
         report.windows,
         s.seqlen,
         report.window_tokens,
         made.used,
+        from(s, corpus),
         pick.describe()
     );
     Ok((made.windows, report))

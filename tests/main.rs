@@ -10,5 +10,6 @@ mod resume;
 mod roundtrip;
 mod run;
 mod support;
+mod tasks;
 mod tidy;
 mod verifier;

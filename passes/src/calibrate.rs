@@ -140,7 +140,8 @@ pub(crate) fn walk_layers(
     let Some(calibration) = cx.calibration else {
         return Err(PassError::Calibration {
             what: format!("`{pass}` needs calibration text"),
-            hint: "give some with --calib PATH: a text, jsonl or parquet file, or a data set folder".into(),
+            hint: "give some with --calib PATH: a text, jsonl, parquet or arrow file, or a data set folder"
+                .into(),
         });
     };
     let name = pass.split('{').next().unwrap_or(pass);

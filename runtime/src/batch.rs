@@ -2,13 +2,14 @@
 
 use qrmc_ir::{EngineError, Tensor};
 
+use crate::cpu::gemm::FUSED_ROWS;
 use crate::generate::{Ending, GenerateError, GenerateParams};
 use crate::sample::Sampler;
 use crate::session::{Caches, Session};
 
 /// Prompts of one length that are continued side by side. Linear layers compute up to this many rows exactly as they
 /// compute one, so a text does not depend on what else is in its batch; larger batches would change last bits.
-pub const BATCH: usize = 4;
+pub const BATCH: usize = FUSED_ROWS;
 
 /// Positions that caches get room for beyond the prompt at first; the room doubles when it is full.
 const ROOM: usize = 128;

@@ -142,8 +142,9 @@ impl Corpus {
 /// Reads a corpus from a file, or the files of one split from a folder.
 ///
 /// A folder is searched for the hub's file names (`train-00000-of-00001.parquet`, `test.jsonl`, `val.jsonl.zst`,
-/// `wiki.test.raw`, ...) in itself, in `data`, `main` or `default`, and in a single sub-folder. Where a split is there
-/// in several formats, parquet wins, then JSON, then text.
+/// `wiki.test.raw`, `wikitext-train.arrow`, ...) in itself, in a sub-folder named as the split, in `data`, `main` or
+/// `default`, and in a single sub-folder. Where a split is there in several formats, parquet wins, then Arrow, then JSON,
+/// then text.
 pub fn read_corpus(path: &Path, options: &ReadOptions<'_>) -> Result<Corpus, TextError> {
     let files = files_of(path, options.split)?;
     let mut reading = Reading { options, rows: Vec::new(), bytes: 0, layout: None, whole: true };
