@@ -29,7 +29,7 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Show how two graphs differ
     Diff(DiffArgs),
-    /// Measure perplexity on a text, and the distance from another model
+    /// Measure perplexity on a text and the distance from another model, or the share of right answers
     Eval(EvalArgs),
     /// Continue a prompt
     Generate(GenerateArgs),
@@ -41,13 +41,17 @@ pub(crate) enum Command {
     Targets,
 }
 
-/// Where calibration windows start.
+/// How calibration text becomes windows.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SamplingKind {
-    /// The published seeded sampler
+    /// Of the whole text in one, where the published seeded sampler says
     Random,
-    /// One after another from the start
+    /// Of the whole text in one, one after another from the start
     First,
+    /// As AWQ: whole documents of at most SEQLEN tokens in shuffled order, joined and cut
+    Packed,
+    /// As KVQuant: the first documents in shuffled order, each cut at SEQLEN tokens
+    Documents,
 }
 
 /// What is written.
@@ -88,19 +92,19 @@ pub(crate) struct CompileArgs {
     /// Ranks of tensor parallelism that the artefact can be cut for, such as 1,2,4 [default: 1]
     #[arg(long, value_name = "N,..", value_delimiter = ',')]
     pub(crate) tp: Vec<u32>,
-    /// Calibration text: a txt, jsonl or parquet file or a data set folder
+    /// Calibration text: a text, jsonl, parquet or arrow file or a data set folder
     #[arg(long, value_name = "PATH")]
     pub(crate) calib: Option<PathBuf>,
     /// Column of the calibration text
     #[arg(long, value_name = "NAME")]
     pub(crate) calib_column: Option<String>,
-    /// Calibration windows [default: 16]
+    /// Calibration windows, or documents where they are sampled [default: 16]
     #[arg(long, value_name = "N")]
     pub(crate) nsamples: Option<usize>,
     /// Tokens in a calibration window [default: 512, or the model's context if that is shorter]
     #[arg(long, value_name = "L")]
     pub(crate) seqlen: Option<usize>,
-    /// Where calibration windows start [default: random]
+    /// How calibration text becomes windows [default: random]
     #[arg(long, value_enum)]
     pub(crate) sampling: Option<SamplingKind>,
     /// Seed of the calibration windows and of the check [default: 0]
@@ -178,12 +182,24 @@ pub(crate) struct DiffArgs {
 pub(crate) struct EvalArgs {
     /// A model or an artefact
     pub(crate) model: PathBuf,
-    /// wikitext2, or a text, jsonl or parquet file
+    /// Perplexity: wikitext2, or a file of text. Right answers: chain-arith, gsm8k, math-500, aime-90, aime-2024,
+    /// aime-2025
     #[arg(long, default_value = "wikitext2")]
     pub(crate) task: String,
     /// Where the task's data set is [default: $QRMC_DATA, or what ships with the repository]
     #[arg(long, value_name = "PATH")]
     pub(crate) data: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) perplexity: PerplexityArgs,
+    #[command(flatten)]
+    pub(crate) accuracy: AccuracyArgs,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Perplexity")]
+pub(crate) struct PerplexityArgs {
     /// Another model on the same tokens: KL divergence and share of equal likeliest tokens
     #[arg(long, value_name = "MODEL")]
     pub(crate) against: Option<PathBuf>,
@@ -202,8 +218,20 @@ pub(crate) struct EvalArgs {
     /// Column of the text
     #[arg(long, value_name = "NAME")]
     pub(crate) column: Option<String>,
-    #[command(flatten)]
-    pub(crate) machine: MachineArgs,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Right answers")]
+pub(crate) struct AccuracyArgs {
+    /// Stop after this many questions
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
+    /// Most new tokens of an answer [default: 110 for chain-arith, 1024 for gsm8k, 32768 for the others]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_new: Option<usize>,
+    /// Write question, right answer, answer and text of each question here, as JSON lines
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]

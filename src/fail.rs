@@ -90,7 +90,7 @@ impl From<ArtefactError> for Failure {
 
 impl From<TextError> for Failure {
     fn from(e: TextError) -> Self {
-        Failure::new(FAILURE, e.to_string()).maybe_hint(Some(e.hint))
+        Failure::new(FAILURE, format!("{}: {}", e.path, e.what)).hint(e.hint)
     }
 }
 

@@ -11,5 +11,6 @@ mod resume;
 mod roundtrip;
 mod run;
 mod support;
+mod tasks;
 mod tidy;
 mod verifier;

@@ -11,21 +11,21 @@ const BATCH_TOKENS: usize = 1024;
 /// Windows of calibration text.
 #[derive(Clone, Debug)]
 pub struct Calibration {
-    /// Windows of one length.
+    /// Windows; neighbours of one length run through a layer together.
     pub windows: Vec<Vec<i32>>,
     /// Where they are from, for people and for the recipe.
     pub description: String,
 }
 
 impl Calibration {
-    /// Length of a window.
+    /// Length of the longest window.
     pub fn seqlen(&self) -> usize {
-        self.windows.first().map_or(0, Vec::len)
+        self.windows.iter().map(Vec::len).max().unwrap_or(0)
     }
 
     /// Number of tokens.
     pub fn tokens(&self) -> usize {
-        self.windows.len() * self.seqlen()
+        self.windows.iter().map(Vec::len).sum()
     }
 
     /// Identity of the tokens.
@@ -36,8 +36,11 @@ impl Calibration {
     }
 
     fn batches(&self) -> impl Iterator<Item = Tensor> + '_ {
-        let per = (BATCH_TOKENS / self.seqlen().max(1)).max(1);
-        self.windows.chunks(per).map(|w| Tensor::i32([w.len(), self.seqlen()], w.concat()))
+        self.windows.chunk_by(|a, b| a.len() == b.len()).flat_map(|group| {
+            let len = group.first().map_or(0, Vec::len);
+            let per = (BATCH_TOKENS / len.max(1)).max(1);
+            group.chunks(per).map(move |w| Tensor::i32([w.len(), len], w.concat()))
+        })
     }
 }
 
@@ -154,7 +157,8 @@ pub(crate) fn walk_layers(
     let Some(calibration) = cx.calibration else {
         return Err(PassError::Calibration {
             what: format!("`{pass}` needs calibration text"),
-            hint: "give some with --calib PATH: a text, jsonl or parquet file, or a data set folder".into(),
+            hint: "give some with --calib PATH: a text, jsonl, parquet or arrow file, or a data set folder"
+                .into(),
         });
     };
     let name = pass.split('{').next().unwrap_or(pass);
@@ -285,5 +289,28 @@ fn finite(unit: &Unit, func: FuncId, stream: &[Tensor]) -> Result<(), PassError>
                 "the source model overflows on this text; look at the text and at the model's rope settings"
                     .into(),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shapes(lengths: &[usize]) -> Vec<Vec<usize>> {
+        let windows = lengths.iter().enumerate().map(|(i, &n)| vec![i as i32; n]).collect();
+        let c = Calibration { windows, description: String::new() };
+        let batches: Vec<Tensor> = c.batches().collect();
+        let flat: Vec<i32> = batches.iter().flat_map(|b| b.as_i32().unwrap().to_vec()).collect();
+        assert_eq!(flat, c.windows.concat());
+        assert_eq!((c.tokens(), c.seqlen()), (flat.len(), lengths.iter().copied().max().unwrap_or(0)));
+        batches.iter().map(|b| b.shape().to_vec()).collect()
+    }
+
+    #[test]
+    fn neighbours_of_one_length_run_together() {
+        assert_eq!(shapes(&[512, 512, 512]), [[2, 512], [1, 512]]);
+        assert_eq!(shapes(&[400, 400, 7, 400, 7, 7]), [[2, 400], [1, 7], [1, 400], [2, 7]]);
+        assert_eq!(shapes(&[2048, 2048]), [[1, 2048], [1, 2048]]);
+        assert!(shapes(&[]).is_empty());
     }
 }

@@ -36,6 +36,28 @@ impl Caches {
             v.truncate(len);
         }
     }
+
+    /// The sequences of several caches, one after another, with room for `capacity` positions each.
+    ///
+    /// # Errors
+    /// If they do not hold equally many positions of one model, or more than `capacity`.
+    pub fn join(parts: &[Caches], capacity: usize) -> Result<Self, EngineError> {
+        let layers = parts.iter().map(|p| p.0.len()).min().unwrap_or(0);
+        let layer = |i: usize| {
+            let keys: Vec<&KvCache> = parts.iter().map(|p| &p.0[i].0).collect();
+            let values: Vec<&KvCache> = parts.iter().map(|p| &p.0[i].1).collect();
+            Ok((KvCache::join(&keys, capacity)?, KvCache::join(&values, capacity)?))
+        };
+        Ok(Caches((0..layers).map(layer).collect::<Result<_, EngineError>>()?))
+    }
+
+    /// Keeps the sequences for which `keep` says so, in their order.
+    pub fn retain(&mut self, keep: impl Fn(usize) -> bool) {
+        for (k, v) in &mut self.0 {
+            k.retain(&keep);
+            v.retain(&keep);
+        }
+    }
 }
 
 impl Session {

@@ -80,9 +80,8 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     let (calibration, text) = match &settings.calib {
         None => (None, None),
         Some(c) => {
-            let calibration = calib::load(c, &model.tokenizer()?)?;
-            let text = calibration.description.clone();
-            ui.note(&format!("calibration: {text}"));
+            let (calibration, text) = calib::load(c, &model.tokenizer()?)?;
+            ui.note(&text.text());
             (Some(calibration), Some(text))
         }
     };

@@ -1,144 +1,76 @@
-//! `qrmc eval`: perplexity on a text.
+//! `qrmc eval`: perplexity on a text, or the share of right answers to questions.
+
+mod accuracy;
+mod perplexity;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
-use qrmc_runtime::eval::{TextScore, score_text};
-use qrmc_runtime::session::Session;
-use qrmc_runtime::text::windows::eval_windows;
-use qrmc_runtime::text::{Join, ReadOptions, Split, read_corpus};
-use serde_json::json;
+use qrmc_runtime::tasks::{TASKS, Task};
+use qrmc_runtime::text::{Split, available_splits};
 
 use crate::cli::EvalArgs;
 use crate::fail::{FAILURE, Failure};
-use crate::model;
 use crate::settings;
 use crate::ui::Ui;
 
-/// Tokens in a window when nothing else is said.
-const CTX: usize = 2048;
-/// The task that has a name.
+/// The task whose text has a name.
 const WIKITEXT2: &str = "wikitext2";
 
-/// Where the text of a task is.
-fn locate(args: &EvalArgs) -> Result<PathBuf, Failure> {
-    if args.task != WIKITEXT2 {
-        let path = PathBuf::from(&args.task);
-        if path.exists() {
-            return Ok(path);
-        }
-        return Err(Failure::usage(format!("there is no task or file `{}`", args.task))
-            .hint("tasks: wikitext2; or a text, jsonl or parquet file"));
-    }
-    const FOLDERS: [&str; 3] = ["wikitext/wikitext-2-raw-v1", "wikitext-2-raw-v1", ""];
-    let given = args.data.clone().or_else(settings::data_folder);
-    if let Some(root) = &given {
-        if root.is_file() {
-            return Ok(root.clone());
-        }
-        if let Some(p) = FOLDERS.iter().map(|f| root.join(f)).find(|p| has_test(p)) {
-            return Ok(p);
-        }
-        return Err(Failure::new(FAILURE, format!("{}: there is no WikiText-2 test split", root.display()))
-            .hint("give the folder of wikitext-2-raw-v1, or the one that holds it, with --data"));
-    }
-    settings::shipped("wikitext-2-raw-v1").ok_or_else(|| {
-        Failure::usage("the data set of `wikitext2` is not known").hint(format!(
-            "give its folder with --data, or set {} to where data sets are",
-            settings::DATA_VARIABLE
-        ))
-    })
-}
-
-fn has_test(p: &Path) -> bool {
-    qrmc_runtime::text::available_splits(p).contains(&Split::Test)
-}
-
 pub(crate) fn run(args: &EvalArgs, ui: &Ui) -> Result<(), Failure> {
-    let engine = super::engine(&args.machine)?;
-    let path = locate(args)?;
-    let model = model::open(&args.model, &engine)?;
-    let tokenizer = model.tokenizer()?;
-    let mut options = ReadOptions::new(Split::Test);
-    options.column = args.column.as_deref();
-    let mut corpus = read_corpus(&path, &options)?;
-    if let Some(chat) = tokenizer.chat() {
-        corpus.render(|m| chat.render(m, false))?;
+    match Task::find(&args.task) {
+        Some(task) => accuracy::run(args, task, ui),
+        None => perplexity::run(args, ui),
     }
-    let join = if corpus.default_join == Join::Concat { Join::Concat } else { Join::All };
-    let text = corpus.join(join)?;
-    let mut tokens = tokenizer.encode(&text, false)?;
-    let bos = match (args.bos, tokenizer.bos()) {
-        (false, _) => "no BOS".to_owned(),
-        (true, Some((name, id))) => {
-            tokens.insert(0, id);
-            format!("BOS {name} once")
+}
+
+/// Refuses the flags of the other kind of task.
+fn refuse(task: &str, given: &[(&str, bool)], hint: &str) -> Result<(), Failure> {
+    match given.iter().find(|(_, given)| *given) {
+        Some((flag, _)) => {
+            Err(Failure::usage(format!("{flag} does not apply to the task `{task}`")).hint(hint))
         }
-        (true, None) => {
-            return Err(Failure::usage("--bos: the tokenizer has no BOS token").hint("leave --bos out"));
-        }
-    };
-    let context = model.module.facts.context as usize;
-    let ctx = args.ctx.unwrap_or(CTX.min(context));
-    if ctx < 2 || ctx > context {
-        return Err(Failure::usage(format!("--ctx {ctx}: this model takes 2 to {context} tokens")));
+        None => Ok(()),
     }
-    let stride = args.stride.unwrap_or(ctx);
-    let windows = eval_windows(tokens.len(), ctx, stride, args.windows)?;
-    let session = Session::load(&engine, &model.module, &*model.weights)?;
-    let other = match &args.against {
-        None => None,
-        Some(p) => {
-            let other = model::open(p, &engine)?;
-            if other.file("tokenizer.json") != model.file("tokenizer.json") {
-                let same = other.tokenizer()?.encode(&text, false)? == tokens[usize::from(args.bos)..];
-                if !same {
-                    return Err(Failure::new(FAILURE, "the two models cut the text into different tokens")
-                        .hint("--against compares models with one tokenizer"));
-                }
+}
+
+/// The names of all tasks, for advice.
+fn known() -> String {
+    let names: Vec<&str> = TASKS.iter().map(|t| t.name).collect();
+    format!("tasks: {WIKITEXT2}, {}; or a text, jsonl, parquet or arrow file", names.join(", "))
+}
+
+/// A data set of the hub: where it is below a folder of data sets, and below what ships with the repository.
+struct Place<'a> {
+    task: &'a str,
+    folders: &'a [&'a str],
+    split: Split,
+    shipped: &'a str,
+}
+
+impl Place<'_> {
+    /// Where the data set is: below what was given, else below the folder of the environment, else what ships.
+    fn locate(&self, given: Option<&Path>) -> Result<PathBuf, Failure> {
+        let below = |root: &Path| {
+            if root.is_file() {
+                return Some(root.to_owned());
             }
-            Some(Session::load(&engine, &other.module, &*other.weights)?)
+            let mut places = self.folders.iter().copied().chain([""]).map(|f| root.join(f));
+            places.find(|p| available_splits(p).contains(&self.split))
+        };
+        if let Some(root) = given {
+            let Place { split, folders, .. } = self;
+            return below(root).ok_or_else(|| {
+                let what = format!("{}: there is no {split} split of {}", root.display(), folders[0]);
+                Failure::new(FAILURE, what).hint("give its folder, or the one that holds it, with --data")
+            });
         }
-    };
-    let start = Instant::now();
-    let total = windows.len();
-    let mut progress = |s: &TextScore| {
-        ui.progress("eval", s.windows, total, &format!("perplexity {:.3}", s.perplexity()));
-        true
-    };
-    let score = score_text(&engine, &session, other.as_ref(), &tokens, &windows, &mut progress)?;
-    let seconds = start.elapsed().as_secs_f64();
-    ui.clear();
-    let protocol = format!(
-        "{}; {}; {bos}; {} tokens; windows of {ctx}, stride {stride}, {} of them, {} predictions",
-        corpus.describe(),
-        join.describe(),
-        tokens.len(),
-        score.windows,
-        score.tokens
-    );
-    if ui.json() {
-        ui.object(&json!({
-            "task": args.task, "text": path.display().to_string(), "protocol": protocol,
-            "perplexity": score.perplexity(), "nll": score.nll / score.tokens.max(1) as f64,
-            "kl": score.mean_kl(), "agreement": score.agreement(),
-            "tokens": score.tokens, "windows": score.windows, "ctx": ctx, "stride": stride, "bos": args.bos,
-            "seconds": seconds,
-        }));
-        return Ok(());
+        let environment = settings::data_folder().and_then(|root| below(&root));
+        environment.or_else(|| settings::shipped(self.shipped)).ok_or_else(|| {
+            Failure::usage(format!("the data set of `{}` is not known", self.task)).hint(format!(
+                "give its folder ({}) with --data, or set {} to where data sets are",
+                self.folders[0],
+                settings::DATA_VARIABLE
+            ))
+        })
     }
-    ui.out(&format!("perplexity       {:.4}", score.perplexity()));
-    if let (Some(kl), Some(agree), Some(p)) = (score.mean_kl(), score.agreement(), &args.against) {
-        ui.out(&format!("against          {}", p.display()));
-        ui.out(&format!("KL divergence    {kl:.5} nats a token"));
-        ui.out(&format!("top-1 agreement  {:.2} %", 100.0 * agree));
-    }
-    ui.out(&format!("text             {}", path.display()));
-    ui.out(&format!("protocol         {protocol}"));
-    ui.out(&format!(
-        "time             {} ({:.0} tokens/s)",
-        super::summary::show_time(seconds),
-        (score.windows * ctx) as f64 / seconds.max(1e-9)
-    ));
-    Ok(())
 }

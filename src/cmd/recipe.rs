@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
+use clap::ValueEnum;
 use qrmc_lowering::artefact::SourceInfo;
 use qrmc_passes::{Pipeline, expand_presets, find, legal, parse_pipeline};
-use qrmc_runtime::text::windows::Sampling;
 use serde::{Deserialize, Serialize};
 
 use crate::calib::{self, CalibSettings};
@@ -144,10 +144,7 @@ impl Settings {
                 column: c.column.clone(),
                 nsamples: c.nsamples,
                 seqlen: c.seqlen,
-                sampling: match c.sampling {
-                    Sampling::Random { .. } => "random".into(),
-                    Sampling::First => "first".into(),
-                },
+                sampling: word(c.sampling),
                 tokens,
             }),
         }
@@ -176,15 +173,16 @@ fn calibration(
     let path = args.calib.clone().or_else(|| from.map(|c| c.path.clone())).or_else(shipped);
     let Some(path) = path else {
         return Err(Failure::usage("this pipeline needs calibration text")
-            .hint("give some with --calib PATH: a txt, jsonl or parquet file, or a data set folder such as wikitext-2-v1"));
+            .hint("give some with --calib PATH: a text, jsonl, parquet or arrow file, or a data set folder such as wikitext-2-v1"));
     };
-    let kind = match (args.sampling, from.map(|c| c.sampling.as_str())) {
+    let sampling = match (args.sampling, from.map(|c| c.sampling.as_str())) {
         (Some(k), _) => k,
-        (None, Some("first")) => SamplingKind::First,
-        (None, Some("random") | None) => SamplingKind::Random,
-        (None, Some(other)) => {
-            return Err(Failure::usage(format!("recipe: `{other}` is no sampling (random, first)")));
-        }
+        (None, None) => SamplingKind::Random,
+        (None, Some(said)) => SamplingKind::from_str(said, false).map_err(|_| {
+            let known: Vec<String> = SamplingKind::value_variants().iter().map(|k| word(*k)).collect();
+            Failure::usage(format!("recipe: `{said}` is no sampling"))
+                .hint(format!("write one of {}", known.join(", ")))
+        })?,
     };
     let context = model.module.facts.context as usize;
     let seqlen = args.seqlen.or(from.map(|c| c.seqlen)).unwrap_or_else(|| SEQLEN.min(context.max(1)));
@@ -202,9 +200,12 @@ fn calibration(
         column: args.calib_column.clone().or_else(|| from.and_then(|c| c.column.clone())),
         nsamples,
         seqlen,
-        sampling: match kind {
-            SamplingKind::Random => Sampling::Random { seed },
-            SamplingKind::First => Sampling::First,
-        },
+        sampling,
+        seed,
     })
+}
+
+/// The word for a sampling, on the command line and in a recipe.
+fn word(kind: SamplingKind) -> String {
+    kind.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()
 }

@@ -7,6 +7,7 @@ use qrmc_lowering::materialize::TensorLoss;
 use qrmc_passes::{LayerLoss, PassReport, Preserves};
 use serde_json::{Value, json};
 
+use crate::calib;
 use crate::memory::show_bytes;
 use crate::ui::{Ui, table};
 
@@ -24,7 +25,7 @@ pub(crate) struct Summary {
     pub(crate) calibration_time: Duration,
     pub(crate) peak: u64,
     pub(crate) planned: u64,
-    pub(crate) text: Option<String>,
+    pub(crate) text: Option<calib::Report>,
     pub(crate) fake: bool,
 }
 
@@ -80,7 +81,7 @@ impl Summary {
             })).collect::<Vec<_>>(),
             "rounding": self.rounding.iter().map(|l| json!({ "tensor": l.name, "relative": l.relative }))
                 .collect::<Vec<_>>(),
-            "calibration": self.text,
+            "calibration": self.text.as_ref().map(calib::Report::json),
             "gflops": self.rate(),
             "seconds": self.time.as_secs_f64(),
             "peak_bytes": self.peak,
@@ -106,7 +107,7 @@ impl Summary {
             show_bytes(self.source_bytes)
         ));
         if let Some(text) = &self.text {
-            ui.out(&format!("  calibration      {text}"));
+            ui.out(&format!("  calibration      {}", text.description));
         }
         let rate = self.rate().map(|r| format!(", {r:.0} GFLOP/s in calibration")).unwrap_or_default();
         ui.out(&format!(

@@ -35,6 +35,38 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
+    /// The sequences of several caches, one after another, with room for `capacity` positions each.
+    ///
+    /// # Errors
+    /// If they do not hold equally many positions of one width, or more than `capacity`.
+    pub fn join(parts: &[&KvCache], capacity: usize) -> Result<Self, EngineError> {
+        let (len, width) = parts.first().map_or((0, 0), |p| (p.len, p.width));
+        if len > capacity || parts.iter().any(|p| (p.len, p.width) != (len, width)) {
+            let held: Vec<(usize, usize)> = parts.iter().map(|p| (p.len, p.width)).collect();
+            let m =
+                format!("caches of (positions, width) {held:?} do not join into one of {capacity} positions");
+            return Err(EngineError::System(m));
+        }
+        let mut out = KvCache::new(parts.iter().map(|p| p.batch).sum(), capacity, width);
+        let from = parts.iter().flat_map(|p| (0..p.batch).map(|b| &p.data[b * p.capacity * width..]));
+        for (from, to) in from.zip(out.data.chunks_mut((capacity * width).max(1))) {
+            to[..len * width].copy_from_slice(&from[..len * width]);
+        }
+        out.len = len;
+        Ok(out)
+    }
+
+    /// Keeps the sequences for which `keep` says so, in their order.
+    pub fn retain(&mut self, keep: impl Fn(usize) -> bool) {
+        let (each, held) = (self.capacity * self.width, self.len * self.width);
+        let mut kept = 0;
+        for b in (0..self.batch).filter(|&b| keep(b)) {
+            self.data.copy_within(b * each..b * each + held, kept * each);
+            kept += 1;
+        }
+        self.batch = kept;
+    }
+
     pub(super) fn append(&mut self, new: &[f32], seq: usize) -> Result<(), EngineError> {
         if self.len + seq > self.capacity {
             let (have, room) = (self.len + seq, self.capacity);

@@ -2,12 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
-
 use super::chat::Message;
-use super::rows::{Layout, Row, name_list};
-use super::split::{Format, READABLE, Split};
-use super::{TextError, jsonl, parquet, split};
+use super::files::{Cells, is_whole, read_file};
+use super::rows::{Layout, Row, Wanted, name_list};
+use super::split::Split;
+use super::{TextError, split};
 
 /// What to read of a corpus.
 #[derive(Debug, Clone)]
@@ -88,7 +87,7 @@ impl Join {
 }
 
 /// Python's `str.strip()`, which counts the four ASCII separators as space where Rust's `trim` does not.
-fn strip(text: &str) -> &str {
+pub(super) fn strip(text: &str) -> &str {
     text.trim_matches(|c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c))
 }
 
@@ -106,21 +105,20 @@ impl Corpus {
 
     /// The rows as one text. Conversations must be rendered first, with [`Corpus::render`].
     pub fn join(&self, join: Join) -> Result<String, TextError> {
-        let mut texts = Vec::with_capacity(self.rows.len());
-        for row in &self.rows {
-            match row {
-                Row::Text(text) => texts.push(text.as_str()),
-                Row::Messages(_) => {
-                    let what = format!("row {} is a conversation, not a text", texts.len() + 1);
-                    return Err(TextError::new(
-                        self.place(),
-                        what,
-                        "render it with the model's chat template first",
-                    ));
-                }
-            }
-        }
-        Ok(join.join(texts))
+        Ok(join.join(self.texts()?))
+    }
+
+    /// The text of each row. Conversations must be rendered first, with [`Corpus::render`].
+    pub fn texts(&self) -> Result<Vec<&str>, TextError> {
+        let rows = self.rows.iter().enumerate().map(|(i, row)| match row {
+            Row::Text(text) => Ok(text.as_str()),
+            Row::Messages(_) => Err(TextError::new(
+                self.place(),
+                format!("row {} is a conversation, not a text", i + 1),
+                "render it with the model's chat template first",
+            )),
+        });
+        rows.collect()
     }
 
     /// Turns each conversation into text with `template`, which is a chat template's renderer.
@@ -144,13 +142,11 @@ impl Corpus {
 /// Reads a corpus from a file, or the files of one split from a folder.
 ///
 /// A folder is searched for the hub's file names (`train-00000-of-00001.parquet`, `test.jsonl`, `val.jsonl.zst`,
-/// `wiki.test.raw`, ...) in itself, in `data`, `main` or `default`, and in a single sub-folder. Where a split is there
-/// in several formats, parquet wins, then JSON, then text.
+/// `wiki.test.raw`, `wikitext-train.arrow`, ...) in itself, in a sub-folder named as the split, in `data`, `main` or
+/// `default`, and in a single sub-folder. Where a split is there in several formats, parquet wins, then Arrow, then JSON,
+/// then text.
 pub fn read_corpus(path: &Path, options: &ReadOptions<'_>) -> Result<Corpus, TextError> {
-    let meta = std::fs::metadata(path).map_err(|e| {
-        TextError::at(path, format!("cannot be read: {e}"), "check the path and its permissions")
-    })?;
-    let files = if meta.is_dir() { split::find(path, options.split)? } else { vec![path.to_owned()] };
+    let files = files_of(path, options.split)?;
     let mut reading = Reading { options, rows: Vec::new(), bytes: 0, layout: None, whole: true };
     for file in &files {
         if reading.full() {
@@ -172,6 +168,50 @@ pub fn read_corpus(path: &Path, options: &ReadOptions<'_>) -> Result<Corpus, Tex
     Ok(Corpus { rows: reading.rows, files, layout, default_join })
 }
 
+/// Rows of several columns, each for itself.
+#[derive(Debug, Clone)]
+pub struct Fields {
+    /// The columns that were asked for, of each row.
+    pub rows: Vec<Vec<String>>,
+    /// The files read, in order.
+    pub files: Vec<PathBuf>,
+}
+
+/// Reads some columns of a file, or of the files of one split of a folder. Numbers are read as text.
+pub fn read_fields(path: &Path, options: &ReadOptions<'_>, columns: &[&str]) -> Result<Fields, TextError> {
+    let files = files_of(path, options.split)?;
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    let room = |n: usize| options.max_rows.is_none_or(|max| n < max);
+    for file in files.iter().take_while(|_| room(0)) {
+        read_file(file, Wanted::Fields(columns), options.max_bytes, &mut |cells| {
+            if !room(rows.len()) {
+                return Ok(false);
+            }
+            let row = match cells {
+                Cells::Map(layout, mut map) => layout.fields(|name| map.remove(name)),
+                Cells::Text(_) => Err("is a bare string, without columns".into()),
+            };
+            let at = rows.len() + 1;
+            rows.push(
+                row.map_err(|e| TextError::at(file, format!("row {at}: {e}"), "drop or mend the row"))?,
+            );
+            Ok(room(rows.len()))
+        })?;
+    }
+    if rows.is_empty() {
+        return Err(TextError::at(path, "there are no rows", "give a file or split that has some"));
+    }
+    Ok(Fields { rows, files })
+}
+
+/// The file itself, or the files of a split of a folder.
+fn files_of(path: &Path, split: Split) -> Result<Vec<PathBuf>, TextError> {
+    let meta = std::fs::metadata(path).map_err(|e| {
+        TextError::at(path, format!("cannot be read: {e}"), "check the path and its permissions")
+    })?;
+    if meta.is_dir() { split::find(path, split) } else { Ok(vec![path.to_owned()]) }
+}
+
 struct Reading<'a> {
     options: &'a ReadOptions<'a>,
     rows: Vec<Row>,
@@ -186,78 +226,24 @@ impl Reading<'_> {
     }
 
     fn file(&mut self, path: &Path) -> Result<(), TextError> {
-        let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        let Some(format) = Format::of(&name) else {
-            let what = "the name does not end in a known form of text";
-            return Err(TextError::at(path, what, format!("give a file that ends in {READABLE}")));
-        };
-        let (max_bytes, column) = (self.options.max_bytes, self.options.column);
-        self.whole &= format == Format::Text;
-        match format {
-            Format::Text => self.text(path),
-            Format::Parquet => {
-                parquet::read(path, column, max_bytes, &mut |layout, row| self.map(path, layout, row))
+        let wanted = self.options.column.map_or(Wanted::Usual, Wanted::Column);
+        let whole = is_whole(path)?;
+        self.whole &= whole;
+        read_file(path, wanted, self.options.max_bytes, &mut |cells| match cells {
+            Cells::Text(text) if whole => {
+                self.count(path, text.len() as u64)?;
+                self.rows.push(Row::Text(text));
+                Ok(true)
             }
-            Format::Json(codec) => {
-                let mut chosen = None;
-                jsonl::read(path, codec, max_bytes, &mut |value| self.json(path, &mut chosen, value))
+            Cells::Text(text) => self.push(path, &Layout::Bare, Row::Text(text)),
+            Cells::Map(layout, mut map) => {
+                let row = layout.row(|name| map.remove(name)).map_err(|e| {
+                    let hint = "drop or mend the row, or name another column";
+                    TextError::at(path, format!("row {}: {e}", self.rows.len() + 1), hint)
+                })?;
+                self.push(path, layout, row)
             }
-        }
-    }
-
-    fn text(&mut self, path: &Path) -> Result<(), TextError> {
-        let cannot = |e: std::io::Error| {
-            TextError::at(path, format!("cannot be read: {e}"), "check the path and its permissions")
-        };
-        if let Some(column) = self.options.column {
-            let what = format!("a text file has no column `{column}`");
-            return Err(TextError::at(path, what, "leave the column out"));
-        }
-        let size = std::fs::metadata(path).map_err(cannot)?.len();
-        self.count(path, size)?;
-        let text = String::from_utf8(std::fs::read(path).map_err(cannot)?).map_err(|e| {
-            let what = format!("is not UTF-8 from byte {} on", e.utf8_error().valid_up_to());
-            TextError::at(path, what, "convert it to UTF-8")
-        })?;
-        self.rows.push(Row::Text(text));
-        Ok(())
-    }
-
-    fn json(&mut self, path: &Path, chosen: &mut Option<Layout>, value: Value) -> Result<bool, TextError> {
-        let row = match value {
-            Value::Object(map) => {
-                let layout = match chosen.take() {
-                    Some(layout) => layout,
-                    None => {
-                        let columns: Vec<String> = map.keys().cloned().collect();
-                        Layout::choose(&columns, self.options.column, path)?
-                    }
-                };
-                let more = self.map(path, &layout, map);
-                *chosen = Some(layout);
-                return more;
-            }
-            Value::String(text)
-                if self.options.column.is_none() && chosen.as_ref().is_none_or(|l| *l == Layout::Bare) =>
-            {
-                *chosen = Some(Layout::Bare);
-                Row::Text(text)
-            }
-            _ => {
-                let what =
-                    format!("row {} is neither an object nor, as all rows, a string", self.rows.len() + 1);
-                return Err(TextError::at(path, what, "write one object with named columns a row"));
-            }
-        };
-        self.push(path, &Layout::Bare, row)
-    }
-
-    fn map(&mut self, path: &Path, layout: &Layout, mut map: Map<String, Value>) -> Result<bool, TextError> {
-        let row = layout.row(|name| map.remove(name)).map_err(|e| {
-            let hint = "drop or mend the row, or name another column";
-            TextError::at(path, format!("row {}: {e}", self.rows.len() + 1), hint)
-        })?;
-        self.push(path, layout, row)
+        })
     }
 
     fn push(&mut self, path: &Path, layout: &Layout, row: Row) -> Result<bool, TextError> {

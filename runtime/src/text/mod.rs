@@ -4,9 +4,12 @@
 //! every machine, and each choice that changes a published number (how rows are joined, where windows start, whether a
 //! BOS token is added) can be stated in words by the type that makes it.
 
+mod arrow;
 pub mod chat;
 pub mod dataset;
+pub mod documents;
 mod error;
+mod files;
 mod jsonl;
 mod parquet;
 mod pieces;
@@ -18,7 +21,7 @@ pub mod tokenizer;
 pub mod windows;
 
 pub use chat::{ChatTemplate, Message};
-pub use dataset::{Corpus, Join, ReadOptions, read_corpus};
+pub use dataset::{Corpus, Fields, Join, ReadOptions, read_corpus, read_fields};
 pub use error::TextError;
 pub use rows::Row;
 pub use split::{Split, available_splits};

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
-use parquet::basic::Compression;
+use parquet::basic::{Compression, Type as PhysicalType};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
@@ -14,7 +14,7 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::TextError;
-use super::rows::Layout;
+use super::rows::{Column, Layout, Wanted};
 
 const HINT: &str = "check that the file is complete; JSON lines with the same columns can be read instead";
 
@@ -24,7 +24,7 @@ pub(super) type Sink<'a> = dyn FnMut(&Layout, Map<String, Value>) -> Result<bool
 /// Reads the columns that make the text of a file; `sink` takes a row and says whether to go on.
 pub(super) fn read(
     path: &Path,
-    wanted: Option<&str>,
+    wanted: Wanted<'_>,
     max_bytes: u64,
     sink: &mut Sink<'_>,
 ) -> Result<(), TextError> {
@@ -33,19 +33,21 @@ pub(super) fn read(
         .unwrap_or_else(|_| Err(TextError::at(path, "the parquet data contradicts its own schema", HINT)))
 }
 
-fn read_inner(
-    path: &Path,
-    wanted: Option<&str>,
-    max_bytes: u64,
-    sink: &mut Sink<'_>,
-) -> Result<(), TextError> {
+fn read_inner(path: &Path, wanted: Wanted<'_>, max_bytes: u64, sink: &mut Sink<'_>) -> Result<(), TextError> {
     let broken = |e: ParquetError| TextError::at(path, format!("cannot be read as parquet: {e}"), HINT);
     let file = File::open(path).map_err(|e| {
         TextError::at(path, format!("cannot open: {e}"), "check the path and its permissions")
     })?;
     let reader = SerializedFileReader::new(file).map_err(broken)?;
     let schema = reader.metadata().file_metadata().schema();
-    let columns: Vec<String> = schema.get_fields().iter().map(|f| f.name().to_owned()).collect();
+    let columns: Vec<Column> = schema
+        .get_fields()
+        .iter()
+        .map(|f| Column {
+            name: f.name().to_owned(),
+            text: f.is_group() || f.get_physical_type() == PhysicalType::BYTE_ARRAY,
+        })
+        .collect();
     let layout = Layout::choose(&columns, wanted, path)?;
     let names = layout.columns();
     let fields = schema.get_fields().iter().filter(|f| names.contains(&f.name())).map(Arc::clone).collect();
@@ -119,7 +121,10 @@ fn value(field: Field) -> Value {
         Field::Null => Value::Null,
         Field::Bool(flag) => Value::Bool(flag),
         Field::MapInternal(_) => Value::Object(Map::new()),
-        // Numbers and dates: no layout reads their value, and an error only calls them numbers.
+        Field::Int(n) => Value::from(n),
+        Field::Long(n) => Value::from(n),
+        Field::Double(x) => Value::from(x),
+        // Other numbers, and dates: no layout reads their value, and an error only calls them numbers.
         _ => Value::from(0),
     }
 }
@@ -161,7 +166,7 @@ mod tests {
 
     fn rows(path: &Path, wanted: Option<&str>) -> Result<Vec<Row>, TextError> {
         let mut out = Vec::new();
-        read(path, wanted, 1 << 20, &mut |layout, mut map| {
+        read(path, wanted.map_or(Wanted::Usual, Wanted::Column), 1 << 20, &mut |layout, mut map| {
             out.push(layout.row(|name| map.remove(name)).map_err(|e| TextError::at(path, e, ""))?);
             Ok(true)
         })?;

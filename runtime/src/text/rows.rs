@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::TextError;
 use super::chat::Message;
@@ -35,6 +35,26 @@ impl Row {
 const UNDERSTOOD: &str = "`text`, `full_prompt` with `generated_text`, `question` with `answer`, `problem` with \
                           `solution`, or `messages`";
 
+/// A column of a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Column {
+    /// Its name.
+    pub(super) name: String,
+    /// Whether it may hold text or messages, by its type or by its first value.
+    pub(super) text: bool,
+}
+
+/// What a caller wants of a table.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Wanted<'a> {
+    /// The text of each row, by the usual names.
+    Usual,
+    /// One column that the user named.
+    Column(&'a str),
+    /// Several columns, each for itself.
+    Fields(&'a [&'a str]),
+}
+
 /// Which columns make a row, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Layout {
@@ -42,36 +62,51 @@ pub(super) enum Layout {
     Column(String),
     /// `full_prompt` + the answer in `generated_text` + two newlines.
     Trace,
-    /// Two columns joined by one newline.
-    Pair(&'static str, &'static str),
+    /// Columns joined by newlines: one between question and answer, two between problem and solution.
+    Joined(Vec<String>, &'static str),
     /// Rows that are bare strings.
     Bare,
 }
 
 impl Layout {
-    /// Chooses a layout for a table with these columns; `wanted` overrides the choice.
-    pub(super) fn choose(columns: &[String], wanted: Option<&str>, file: &Path) -> Result<Self, TextError> {
-        let has = |name: &str| columns.iter().any(|c| c == name);
-        if let Some(name) = wanted {
+    /// Chooses a layout for a table with these columns.
+    pub(super) fn choose(columns: &[Column], wanted: Wanted<'_>, file: &Path) -> Result<Self, TextError> {
+        let has = |name: &str| columns.iter().any(|c| c.name == name);
+        let joined = |names: [&str; 2], by| Ok(Layout::Joined(names.map(str::to_owned).to_vec(), by));
+        let names: Vec<&str> = columns.iter().map(|c| c.name.as_str()).collect();
+        let required = |name: &str| {
+            let what = format!("there is no column `{name}`; the columns are {}", name_list(&names));
             if has(name) {
-                return Ok(Layout::Column(name.to_owned()));
+                Ok(name.to_owned())
+            } else {
+                Err(TextError::at(file, what, "name one of these columns"))
             }
-            let what = format!("there is no column `{name}`; the columns are {}", name_list(columns));
-            return Err(TextError::at(file, what, "name one of these columns"));
-        }
-        if has("text") {
-            Ok(Layout::Column("text".into()))
-        } else if has("full_prompt") && has("generated_text") {
-            Ok(Layout::Trace)
-        } else if has("question") && has("answer") {
-            Ok(Layout::Pair("question", "answer"))
-        } else if has("problem") && has("solution") {
-            Ok(Layout::Pair("problem", "solution"))
-        } else if has("messages") {
-            Ok(Layout::Column("messages".into()))
-        } else {
-            let what = format!("none of the columns {} is known to hold text", name_list(columns));
-            Err(TextError::at(file, what, format!("name the column to read, or provide {UNDERSTOOD}")))
+        };
+        match wanted {
+            Wanted::Column(name) => Ok(Layout::Column(required(name)?)),
+            Wanted::Fields(fields) => {
+                let fields: Result<_, TextError> = fields.iter().map(|name| required(name)).collect();
+                let hint = "give the data set that the task is made from, with these columns";
+                Ok(Layout::Joined(fields.map_err(|e| TextError { hint: hint.into(), ..e })?, "\n"))
+            }
+            Wanted::Usual if has("text") => Ok(Layout::Column("text".into())),
+            Wanted::Usual if has("full_prompt") && has("generated_text") => Ok(Layout::Trace),
+            Wanted::Usual if has("question") && has("answer") => joined(["question", "answer"], "\n"),
+            Wanted::Usual if has("problem") && has("solution") => joined(["problem", "solution"], "\n\n"),
+            Wanted::Usual if has("messages") => Ok(Layout::Column("messages".into())),
+            Wanted::Usual => {
+                let what = format!("none of the columns {} is known to hold text", name_list(&names));
+                let candidates: Vec<&str> =
+                    columns.iter().filter(|c| c.text).map(|c| c.name.as_str()).collect();
+                let hint = match candidates[..] {
+                    [] => format!("none holds text; provide {UNDERSTOOD}"),
+                    _ => format!(
+                        "name the column with --calib-column (eval: --column): {} may hold text; or provide {UNDERSTOOD}",
+                        name_list(&candidates)
+                    ),
+                };
+                Err(TextError::at(file, what, hint))
+            }
         }
     }
 
@@ -80,7 +115,7 @@ impl Layout {
         match self {
             Layout::Column(name) => vec![name],
             Layout::Trace => vec!["full_prompt", "generated_text"],
-            Layout::Pair(a, b) => vec![a, b],
+            Layout::Joined(names, _) => names.iter().map(String::as_str).collect(),
             Layout::Bare => Vec::new(),
         }
     }
@@ -90,7 +125,11 @@ impl Layout {
         match self {
             Layout::Column(name) => format!("column `{name}`"),
             Layout::Trace => "`full_prompt` followed by the full `generated_text` and two newlines".into(),
-            Layout::Pair(a, b) => format!("`{a}` and `{b}` joined by a newline"),
+            Layout::Joined(names, by) => {
+                let names: Vec<String> = names.iter().map(|n| format!("`{n}`")).collect();
+                let by = if *by == "\n" { "a newline" } else { "a blank line" };
+                format!("{} joined by {by}", names.join(" and "))
+            }
             Layout::Bare => "the strings themselves".into(),
         }
     }
@@ -115,15 +154,32 @@ impl Layout {
                 text.push_str("\n\n");
                 Ok(Row::Text(text))
             }
-            Layout::Pair(a, b) => {
-                let mut text = string(a, get(a)?)?;
-                text.push('\n');
-                text.push_str(&string(b, get(b)?)?);
-                Ok(Row::Text(text))
+            Layout::Joined(names, by) => {
+                let texts: Result<Vec<String>, String> =
+                    names.iter().map(|name| string(name, get(name)?)).collect();
+                Ok(Row::Text(texts?.join(by)))
             }
             Layout::Bare => Err("a bare string is wanted, as in the first row".into()),
         }
     }
+
+    /// The columns of a row each for itself, in the order of [`Layout::columns`]; numbers count as text.
+    pub(super) fn fields(
+        &self,
+        mut values: impl FnMut(&str) -> Option<Value>,
+    ) -> Result<Vec<String>, String> {
+        let field = |name: &str| match values(name).ok_or_else(|| format!("column `{name}` is missing"))? {
+            Value::Number(n) => Ok(n.to_string()),
+            value => string(name, value),
+        };
+        self.columns().into_iter().map(field).collect()
+    }
+}
+
+/// The columns of a JSON row.
+pub(super) fn json_columns(row: &Map<String, Value>) -> Vec<Column> {
+    let text = |v: &Value| matches!(v, Value::String(_) | Value::Array(_));
+    row.iter().map(|(name, value)| Column { name: name.clone(), text: text(value) }).collect()
 }
 
 /// A string, or the first of a list of strings (the first of several answers to one prompt).
@@ -177,8 +233,9 @@ mod tests {
 
     fn read(value: Value, wanted: Option<&str>) -> Result<Row, String> {
         let Value::Object(mut map) = value else { unreachable!("tests pass objects") };
-        let columns: Vec<String> = map.keys().cloned().collect();
-        let layout = Layout::choose(&columns, wanted, Path::new("f")).map_err(|e| e.to_string())?;
+        let layout =
+            Layout::choose(&json_columns(&map), wanted.map_or(Wanted::Usual, Wanted::Column), Path::new("f"))
+                .map_err(|e| e.to_string())?;
         layout.row(|name| map.remove(name))
     }
 
@@ -193,7 +250,7 @@ mod tests {
             text("a")
         );
         assert_eq!(read(json!({"question": "q", "answer": "b"}), None), text("q\nb"));
-        assert_eq!(read(json!({"problem": "p", "solution": "", "answer": "3"}), None), text("p\n"));
+        assert_eq!(read(json!({"problem": "p", "solution": "", "answer": "3"}), None), text("p\n\n"));
         assert_eq!(read(json!({"problem": "p", "solution": "s", "answer": "3"}), Some("answer")), text("3"));
     }
 
@@ -210,6 +267,20 @@ mod tests {
     }
 
     #[test]
+    fn fields_stand_for_themselves() {
+        let Value::Object(mut map) = json!({"q": "a", "n": 7, "x": null}) else { unreachable!("an object") };
+        let choose = |fields: &[&str]| {
+            Layout::choose(&json_columns(&map), Wanted::Fields(fields), Path::new("f"))
+                .map_err(|e| e.to_string())
+        };
+        let err = choose(&["q", "gold"]).unwrap_err();
+        assert!(err.contains("no column `gold`") && err.contains("`q`, `n`, `x`"), "{err}");
+        let (good, bad) = (choose(&["n", "q"]).unwrap(), choose(&["x"]).unwrap());
+        assert_eq!(good.fields(|name| map.remove(name)).unwrap(), ["7", "a"]);
+        assert!(bad.fields(|name| map.remove(name)).unwrap_err().contains("holds null"));
+    }
+
+    #[test]
     fn messages_stay_messages() {
         let got = read(json!({"messages": [{"role": "user", "content": "hi", "name": null}]}), None);
         assert_eq!(got, Ok(Row::Messages(vec![Message::new("user", "hi")])));
@@ -221,6 +292,8 @@ mod tests {
     fn refusals_name_what_was_seen() {
         let err = read(json!({"foo": "a", "bar": 1}), None).unwrap_err();
         assert!(err.contains("`foo`, `bar`") && err.contains("`full_prompt`"), "{err}");
+        assert!(err.contains("--calib-column (eval: --column): `foo` may hold text"), "{err}");
+        assert!(read(json!({"n": 1}), None).unwrap_err().contains("none holds text"));
         let err = read(json!({"foo": "a"}), Some("text")).unwrap_err();
         assert!(err.contains("no column `text`") && err.contains("`foo`"), "{err}");
         assert!(read(json!({"text": null}), None).unwrap_err().contains("holds null"));

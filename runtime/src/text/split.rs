@@ -58,6 +58,7 @@ impl std::str::FromStr for Split {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
     Parquet,
+    Arrow,
     Json(Codec),
     Text,
 }
@@ -82,6 +83,7 @@ impl Format {
         match stem.rsplit_once('.')?.1 {
             "jsonl" | "ndjson" | "json" => Some(Format::Json(codec)),
             "parquet" if codec == Codec::Plain => Some(Format::Parquet),
+            "arrow" if codec == Codec::Plain => Some(Format::Arrow),
             "txt" | "raw" | "md" if codec == Codec::Plain => Some(Format::Text),
             _ => None,
         }
@@ -92,18 +94,19 @@ impl Format {
         let lines = !name.to_ascii_lowercase().ends_with(".json");
         match self {
             Format::Parquet => 0,
-            Format::Json(Codec::Plain) if lines => 1,
-            Format::Json(Codec::Zstd) => 2,
-            Format::Json(Codec::Gzip) => 3,
-            Format::Json(Codec::Plain) => 4,
-            Format::Text => 5,
+            Format::Arrow => 1,
+            Format::Json(Codec::Plain) if lines => 2,
+            Format::Json(Codec::Zstd) => 3,
+            Format::Json(Codec::Gzip) => 4,
+            Format::Json(Codec::Plain) => 5,
+            Format::Text => 6,
         }
     }
 }
 
 /// The readable forms, in the words of an error.
 pub(super) const READABLE: &str =
-    ".parquet, .jsonl, .ndjson or .json (also with .zst or .gz), .txt, .raw or .md";
+    ".parquet, .arrow, .jsonl, .ndjson or .json (also with .zst or .gz), .txt, .raw or .md";
 
 struct Listing {
     files: Vec<String>,
@@ -132,12 +135,22 @@ fn list(folder: &Path) -> Result<Listing, TextError> {
     Ok(out)
 }
 
-/// The files of `split` in `folder`, in name order: from the folder itself, else from its `data`, `main` or `default`,
-/// else from its only sub-folder. Where the split is there in several formats, parquet wins, then JSON, then text.
+/// The files of `split` in `folder`, in name order: from the folder itself, else from its sub-folder that is named as
+/// the split, else from its `data`, `main` or `default`, else from its only sub-folder. Where the split is there in several formats, parquet wins, then Arrow, then JSON, then text.
 pub(super) fn find(folder: &Path, split: Split) -> Result<Vec<PathBuf>, TextError> {
     let top = list(folder)?;
-    if let Some(files) = pick(folder, &top, split)? {
+    if let Some(files) = pick(folder, &top, |name| split.claims(name) || is_saved(name, split))? {
         return Ok(files);
+    }
+    if let Some(name) = top.folders.iter().find(|n| split.names().contains(&n.as_str())) {
+        let sub = folder.join(name);
+        // Descriptions of the data lie beside it in `.json` and `.md` files.
+        let data = |name: &str| {
+            Format::of(name).is_some_and(|f| f.rank(name) < Format::Json(Codec::Plain).rank(".json"))
+        };
+        if let Some(files) = pick(&sub, &list(&sub)?, data)? {
+            return Ok(files);
+        }
     }
     let only = |_: &&String| top.folders.len() == 1;
     let usual = ["data", "main", "default"].into_iter().find(|n| top.folders.iter().any(|f| f == n));
@@ -146,7 +159,7 @@ pub(super) fn find(folder: &Path, split: Split) -> Result<Vec<PathBuf>, TextErro
         Some(name) => {
             let sub = folder.join(&name);
             let inner = list(&sub)?;
-            if let Some(files) = pick(&sub, &inner, split)? {
+            if let Some(files) = pick(&sub, &inner, |name| split.claims(name))? {
                 return Ok(files);
             }
             seen.extend(inner.files.iter().chain(&inner.folders).map(|f| format!("{name}/{f}")));
@@ -165,9 +178,18 @@ pub fn available_splits(folder: &Path) -> Vec<Split> {
     Split::ALL.into_iter().filter(|&split| find(folder, split).is_ok()).collect()
 }
 
-fn pick(folder: &Path, listing: &Listing, split: Split) -> Result<Option<Vec<PathBuf>>, TextError> {
+/// Whether a file is of a single data set that `datasets` saved to disk, which is no part of a split: it is trained on.
+fn is_saved(name: &str, split: Split) -> bool {
+    split == Split::Train && name.starts_with("data-") && Format::of(name) == Some(Format::Arrow)
+}
+
+fn pick(
+    folder: &Path,
+    listing: &Listing,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<Option<Vec<PathBuf>>, TextError> {
     let rank = |name: &String| Format::of(name).map(|format| format.rank(name));
-    let mine = || listing.files.iter().filter(|name| split.claims(name));
+    let mine = || listing.files.iter().filter(|name| wanted(name));
     let Some(best) = mine().filter_map(rank).min() else { return Ok(None) };
     let names: Vec<&String> = mine().filter(|&name| rank(name) == Some(best)).collect();
     check_shards(folder, &names)?;
@@ -248,6 +270,19 @@ mod tests {
         assert!(err.contains("`notes.md`, `a/`, `b/`"), "{err}");
         let err = found(&["x/train.json", "y.csv"], Split::Test).unwrap_err();
         assert!(err.contains("`y.csv`, `x/train.json`"), "{err}");
+    }
+
+    #[test]
+    fn what_datasets_saves_and_caches() {
+        let saved = ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"];
+        assert_eq!(found(&saved, Split::Train).unwrap(), saved[..1]);
+        assert!(found(&saved, Split::Test).is_err());
+        let dict =
+            ["dataset_dict.json", "test/data-00000-of-00001.arrow", "test/state.json", "train/x.arrow"];
+        assert_eq!(found(&dict, Split::Test).unwrap(), dict[1..2]);
+        assert_eq!(found(&dict, Split::Train).unwrap(), dict[3..]);
+        let cache = ["dataset_info.json", "wikitext-test.arrow", "wikitext-train.arrow"];
+        assert_eq!(found(&cache, Split::Test).unwrap(), cache[1..2]);
     }
 
     #[test]
