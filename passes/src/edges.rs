@@ -38,19 +38,21 @@ pub(crate) fn in_features(func: &Func, l: &Linear) -> usize {
 /// The product is named so in imported modules where a bias follows; without one it may carry the name of the
 /// block's output, so the weight behind it decides.
 pub(crate) fn role(module: &qrmc_ir::Module, func: &Func, l: &Linear) -> String {
-    let mut v = l.w;
-    // The first operand of every weight-side operation is the weight itself.
-    while let Some(n) = func.def_node(v) {
-        if let Op::Weight(w) = n.op {
-            let name = &module.weight(w).name;
-            let mut parts = name.rsplit('.');
-            let last = parts.next().unwrap_or(name);
-            return if last == "weight" { parts.next().unwrap_or(last).to_owned() } else { last.to_owned() };
-        }
-        match n.ins.first() {
-            Some(&first) => v = first,
-            None => break,
-        }
+    if let Some(name) = base_weight(module, func, l.w) {
+        let mut parts = name.rsplit('.');
+        let last = parts.next().unwrap_or(&name);
+        return if last == "weight" { parts.next().unwrap_or(last).to_owned() } else { last.to_owned() };
     }
     func.show(l.y).to_string().trim_start_matches('%').to_owned()
+}
+
+/// Name of the weight that a value is mainly made of: the first operand of every weight-side operation leads to it.
+pub(crate) fn base_weight(module: &qrmc_ir::Module, func: &Func, mut v: ValueId) -> Option<String> {
+    loop {
+        let n = func.def_node(v)?;
+        if let Op::Weight(w) = n.op {
+            return Some(module.weight(w).name.clone());
+        }
+        v = *n.ins.first()?;
+    }
 }

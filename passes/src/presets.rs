@@ -4,6 +4,7 @@ use qrmc_ir::{Rule, ScaleType};
 
 use crate::annotate::AnnotateOptions;
 use crate::clip_search::ClipSearchOptions;
+use crate::gptq::GptqOptions;
 use crate::options::{Bits, Group, OptionError, OptionInfo, OptionValue, options};
 use crate::pipeline::{Call, Pipeline};
 use crate::place::PlaceOptions;
@@ -25,7 +26,7 @@ pub struct Preset {
 }
 
 /// All presets.
-pub const PRESETS: [Preset; 2] = [
+pub const PRESETS: [Preset; 3] = [
     Preset {
         name: "rtn",
         summary: "weights rounded to nearest, zero in the range (methods.md §1.2)",
@@ -37,6 +38,12 @@ pub const PRESETS: [Preset; 2] = [
         summary: "AWQ: searched scales folded away, searched clips, rounding to nearest (methods.md §3)",
         options: AwqPreset::info,
         expand: |given| AwqPreset::read(given).map(|o| o.expand()),
+    },
+    Preset {
+        name: "gptq",
+        summary: "GPTQ: clipped by squared error, columns with large inputs first (methods.md §4)",
+        options: GptqPreset::info,
+        expand: |given| GptqPreset::read(given).map(|o| o.expand()),
     },
 ];
 
@@ -117,13 +124,47 @@ impl AwqPreset {
     }
 }
 
+options! {
+    /// Options of the preset `gptq`.
+    struct GptqPreset {
+        /// bits of a weight
+        bits: Bits = Bits(4),
+        /// weights that share a scale
+        group: Group = Group::Size(128),
+        /// signed codes without a zero point
+        sym: bool = false,
+        /// clip search by squared error^1.2 of the weights
+        mse: bool = true,
+        /// columns with large inputs first (act-order)
+        order: bool = true,
+        /// damping as a share of the mean square of the inputs
+        damp: f64 = 0.01,
+        /// type in which scales are stored
+        scale: ScaleType = ScaleType::F32,
+    }
+}
+
+impl GptqPreset {
+    fn expand(&self) -> Vec<Call> {
+        let annotate = AnnotateOptions {
+            w: self.bits,
+            group: self.group,
+            sym: self.sym,
+            rule: if self.mse { Rule::Mse } else { Rule::MinMax },
+            scale: self.scale,
+        };
+        let gptq = GptqOptions { order: self.order, damp: self.damp, ..GptqOptions::default() };
+        vec![call("annotate", annotate.write()), call("gptq", gptq.write())]
+    }
+}
+
 fn call(name: &str, options: Vec<(String, OptionValue)>) -> Call {
     Call { name: name.to_owned(), options }
 }
 
 /// Replaces presets by the passes they stand for, every option of every pass written out.
 ///
-/// `rtn` is both a preset and a pass: with a stage of annotation before it, the pass is meant.
+/// `rtn` and `gptq` are names of both a preset and a pass: with a stage of annotation before it, the pass is meant.
 ///
 /// # Errors
 /// If a name or an option is unknown.

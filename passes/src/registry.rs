@@ -3,6 +3,7 @@
 use crate::annotate::{Annotate, AnnotateOptions};
 use crate::clip_search::{ClipSearch, ClipSearchOptions};
 use crate::fuse_norm::{FuseNorm, FuseNormOptions};
+use crate::gptq::{Gptq, GptqOptions};
 use crate::options::{OptionError, OptionInfo, OptionValue};
 use crate::pass::{Pass, PassInfo};
 use crate::place::{Place, PlaceOptions};
@@ -35,13 +36,14 @@ macro_rules! entry {
 }
 
 /// All passes, in the order of the documentation.
-pub const PASSES: [PassEntry; 6] = [
+pub const PASSES: [PassEntry; 7] = [
     entry!(FuseNorm, FuseNormOptions),
     entry!(Scale, ScaleOptions),
     entry!(Place, PlaceOptions),
     entry!(Annotate, AnnotateOptions),
     entry!(ClipSearch, ClipSearchOptions),
     entry!(Rtn, RtnOptions),
+    entry!(Gptq, GptqOptions),
 ];
 
 /// The pass of this name.
