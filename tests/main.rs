@@ -3,6 +3,7 @@
 
 mod awq;
 mod cli;
+mod gptq;
 mod hostile;
 mod numerics;
 mod passes;
