@@ -165,6 +165,12 @@ fn golden_one_layer_of_awq() {
 }
 
 #[test]
+fn golden_one_layer_of_gptq() {
+    let (unit, ..) = compile("fixtures/qwen2-bias-tied", "gptq{bits=4,group=8}", &windows(256, 2, 32));
+    assert_snapshot!("gptq", print_func(&unit.module, unit.module.func(unit.module.layers()[0])));
+}
+
+#[test]
 fn golden_import_and_fused_norms() {
     let calibration = windows(256, 1, 8);
     for name in ["llama-mha-tied", "qwen2-bias-untied", "qwen3-qknorm"] {

@@ -5,8 +5,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::run::{ok, qrmc, snapshot};
 
-const COMPILE: [&str; 8] =
-    ["compile", "--pass", "awq:bits=3", "--nsamples", "4", "--seqlen", "256", "--no-check"];
+const AWQ: &str = "awq:bits=3";
+const GPTQ: &str = "gptq:bits=3";
+
+fn command(pass: &str) -> [&str; 8] {
+    ["compile", "--pass", pass, "--nsamples", "4", "--seqlen", "256", "--no-check"]
+}
 
 fn steps(dir: &Path) -> Vec<(String, SystemTime)> {
     let Ok(entries) = std::fs::read_dir(dir.join("out.partial/steps")) else { return Vec::new() };
@@ -21,8 +25,8 @@ fn steps(dir: &Path) -> Vec<(String, SystemTime)> {
     v
 }
 
-fn compile(dir: &Path, threads: &str) -> Vec<String> {
-    let mut args: Vec<String> = COMPILE.iter().map(ToString::to_string).collect();
+fn compile(dir: &Path, pass: &str, threads: &str) -> Vec<String> {
+    let mut args: Vec<String> = command(pass).iter().map(ToString::to_string).collect();
     args.extend(["-o", "out", "--threads", threads].map(String::from));
     let refs: Vec<&str> = args.iter().map(String::as_str).collect();
     ok(dir, &refs);
@@ -31,8 +35,17 @@ fn compile(dir: &Path, threads: &str) -> Vec<String> {
 
 #[test]
 fn killed_at_any_layer_the_bytes_are_the_same() {
+    killed(AWQ);
+}
+
+#[test]
+fn killed_at_any_layer_of_gptq_the_bytes_are_the_same() {
+    killed(GPTQ);
+}
+
+fn killed(pass: &str) {
     let clean = tempfile::tempdir().unwrap();
-    let args = compile(clean.path(), "2");
+    let args = compile(clean.path(), pass, "2");
     let want = snapshot(&clean.path().join("out"));
     assert!(!clean.path().join("out.partial").exists(), "nothing is left beside the output");
 
@@ -74,16 +87,18 @@ fn killed_at_any_layer_the_bytes_are_the_same() {
 
 #[test]
 fn the_number_of_threads_does_not_show() {
-    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    compile(one.path(), "1");
-    compile(two.path(), "2");
-    assert!(snapshot(&one.path().join("out")) == snapshot(&two.path().join("out")));
+    for pass in [AWQ, GPTQ] {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        compile(one.path(), pass, "1");
+        compile(two.path(), pass, "2");
+        assert!(snapshot(&one.path().join("out")) == snapshot(&two.path().join("out")), "{pass}");
+    }
 }
 
 #[test]
 fn a_damaged_step_is_done_again() {
     let dir = tempfile::tempdir().unwrap();
-    let args: Vec<&str> = COMPILE.iter().copied().chain(["-o", "out", "--cache", "steps"]).collect();
+    let args: Vec<&str> = command(AWQ).into_iter().chain(["-o", "out", "--cache", "steps"]).collect();
     ok(dir.path(), &args);
     let want = snapshot(&dir.path().join("out"));
     for e in std::fs::read_dir(dir.path().join("steps")).unwrap() {

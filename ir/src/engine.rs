@@ -1,6 +1,7 @@
 //! The port through which passes, checks and tools see execution.
 
 use crate::diag::Diag;
+use crate::linalg::MatView;
 use crate::module::{Func, Module};
 use crate::tensor::Tensor;
 use crate::weight::{WeightError, WeightSource};
@@ -36,6 +37,21 @@ pub trait Engine: Sync {
     /// magnitudes of their terms. Everything else is as exact, and as repeatable, as here.
     fn coarse(&self) -> Option<&dyn Engine> {
         None
+    }
+
+    /// Calls `task` once for each index below `count`, on as many threads as there are. For work that is no function of
+    /// the IR; what a task does must not depend on the others.
+    fn parallel(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..count).for_each(task);
+    }
+
+    /// `out += factor * a b` in double precision: `a [m, k]`, `b [k, n]`, rows of `out` are `stride` elements apart and
+    /// what lies between them is kept.
+    ///
+    /// # Panics
+    /// If the shapes do not fit: a bug of the caller.
+    fn add_product(&self, a: MatView<'_>, b: MatView<'_>, factor: f64, out: &mut [f64], stride: usize) {
+        crate::linalg::add_product(a, b, factor, out, stride);
     }
 
     /// Prepares and runs once.

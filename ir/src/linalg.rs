@@ -1,5 +1,53 @@
 //! Dense linear algebra of small matrices in `f64`, where a library's last bits may not be the same on every run.
 
+/// A matrix of `f64` that is read: `rows x cols` elements of a slice, at any strides.
+#[derive(Clone, Copy, Debug)]
+pub struct MatView<'a> {
+    /// Backing elements; element `(i, j)` is `data[i * strides.0 + j * strides.1]`.
+    pub data: &'a [f64],
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub cols: usize,
+    /// Distances between rows and between columns.
+    pub strides: (usize, usize),
+}
+
+impl<'a> MatView<'a> {
+    /// A matrix whose rows are `stride` elements apart.
+    ///
+    /// # Panics
+    /// If the last element lies outside `data`: a bug of the caller.
+    pub fn new(data: &'a [f64], rows: usize, cols: usize, stride: usize) -> Self {
+        let need = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * stride + cols };
+        assert!(data.len() >= need, "a [{rows}, {cols}] matrix needs {need} elements, not {}", data.len());
+        MatView { data, rows, cols, strides: (stride, 1) }
+    }
+
+    /// The transpose, without moving anything.
+    #[must_use]
+    pub fn t(self) -> Self {
+        let (r, c) = self.strides;
+        MatView { data: self.data, rows: self.cols, cols: self.rows, strides: (c, r) }
+    }
+}
+
+/// `out += factor * a b`; see [`crate::Engine::add_product`], whose plain form this is.
+///
+/// # Panics
+/// If the shapes do not fit: a bug of the caller.
+pub fn add_product(a: MatView<'_>, b: MatView<'_>, factor: f64, out: &mut [f64], stride: usize) {
+    assert_eq!(a.cols, b.rows, "inner dimensions");
+    for i in 0..a.rows {
+        for p in 0..a.cols {
+            let x = factor * a.data[i * a.strides.0 + p * a.strides.1];
+            for j in 0..b.cols {
+                out[i * stride + j] += x * b.data[p * b.strides.0 + j * b.strides.1];
+            }
+        }
+    }
+}
+
 /// Replaces a row-major `n x n` matrix by its inverse (Gauss-Jordan, partial pivoting). A singular matrix becomes NaN,
 /// which no later check can miss.
 ///
@@ -43,6 +91,15 @@ pub fn invert(m: &mut [f64], n: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn products_add_to_what_is_there() {
+        let (a, b) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, -1.0, 2.0, 0.5]);
+        let mut out = [10.0, 0.0, 9.0, 0.0, 0.0, 9.0];
+        // [[1, 2], [4, 5]] times the transpose of [[1, -1], [2, 0.5]]
+        add_product(MatView::new(&a, 2, 2, 3), MatView::new(&b, 2, 2, 2).t(), 2.0, &mut out, 3);
+        assert_eq!(out, [8.0, 6.0, 9.0, -2.0, 21.0, 9.0]);
+    }
 
     #[test]
     fn inverses() {

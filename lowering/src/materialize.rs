@@ -36,6 +36,8 @@ pub enum MaterializeError {
 enum Origin {
     /// A weight as it is stored.
     Copy(String),
+    /// Codes, scales and zero points that are weights already.
+    Parts(Vec<String>),
     /// A value of a function.
     Value(FuncId, ValueId),
 }
@@ -176,6 +178,10 @@ fn job(module: &Module, id: FuncId, f: &Func, root: ValueId, names: &Names) -> J
     match f.def_node(root) {
         Some(n) if n.op == Op::DCast => {
             let Elem::Quant(spec) = f.ty(n.ins[0]).elem else { unreachable!("verified codes") };
+            let stored: Option<Vec<String>> =
+                n.ins.iter().map(|v| f.as_weight(*v).map(|w| module.weight(w).name.clone())).collect();
+            // Codes that a weight holds are named for what they are codes of.
+            let base = base.strip_suffix(".codes").filter(|_| stored.is_some()).unwrap_or(&base);
             let mut tensors = vec![
                 TensorPlan { name: format!("{base}.codes"), ty: ty(n.ins[0], Elem::Quant(spec)) },
                 TensorPlan { name: format!("{base}.scale"), ty: ty(n.ins[1], spec.scale.elem()) },
@@ -183,7 +189,8 @@ fn job(module: &Module, id: FuncId, f: &Func, root: ValueId, names: &Names) -> J
             if let Some(&z) = n.ins.get(2) {
                 tensors.push(TensorPlan { name: format!("{base}.zero"), ty: ty(z, Elem::U8) });
             }
-            Job { tensors, origin: Origin::Value(id, root), parts: n.ins.clone() }
+            let origin = stored.map_or(Origin::Value(id, root), Origin::Parts);
+            Job { tensors, origin, parts: n.ins.clone() }
         }
         _ => {
             let tensors = vec![TensorPlan { name: base, ty: f.ty(root).clone() }];
@@ -250,6 +257,7 @@ impl Materialized {
         let of = |j: &Job| match j.origin {
             Origin::Copy(_) if owned => j.tensors[0].bytes(),
             Origin::Copy(_) => 0,
+            Origin::Parts(_) => elements(j) + j.tensors.iter().map(TensorPlan::bytes).sum::<u64>(),
             // The stored weight, its float form, one temporary of each of rounding's steps, codes and their packing.
             _ if j.tensors.len() > 1 => elements(j) * (if owned { 4 } else { 2 } + 4 * 4 + 1 + 1),
             _ => elements(j) * (2 + 2 * 4 + 4),
@@ -277,6 +285,18 @@ impl Materialized {
                         return Err(MaterializeError::Value { name: name.clone(), why });
                     }
                     put(&job.tensors[0], &raw.bytes)?;
+                }
+                Origin::Parts(names) => {
+                    for (name, plan) in names.iter().zip(&job.tensors) {
+                        if matches!(plan.ty.elem, Elem::Quant(_)) {
+                            put(plan, &weights.raw(name).map_err(EngineError::from)?.bytes)?;
+                            continue;
+                        }
+                        let t = weights.read(name).map_err(EngineError::from)?;
+                        let bytes = stored_bytes(&t, &plan.ty)
+                            .map_err(|why| MaterializeError::Value { name: plan.name.clone(), why })?;
+                        put(plan, &bytes)?;
+                    }
                 }
                 Origin::Value(f, root) => {
                     let quantized = job.tensors.len() > 1;

@@ -1,8 +1,8 @@
 //! Calibration: text streamed through the model a layer at a time, and the store of finished steps.
 
-use qrmc_ir::{EngineError, FuncId, Hash, Tensor, print_func};
+use qrmc_ir::{Data, EngineError, FuncId, Hash, Tensor, print_func};
 
-use crate::pass::{LayerLoss, PassCx, PassError};
+use crate::pass::{Event, LayerLoss, PassCx, PassError};
 use crate::unit::{Kept, Unit};
 
 /// Tokens that run through a layer at a time. A constant: sums over batches must not depend on the machine.
@@ -101,7 +101,7 @@ pub(crate) fn rest_args(unit: &Unit, x: &Tensor) -> [Tensor; 3] {
     [Tensor::i32([s], (0..s as i32).collect()), empty.clone(), empty]
 }
 
-/// Results of one layer: named tensors, and the losses that were measured.
+/// Results of one layer: named tensors, the losses that were measured, and events.
 pub(crate) type LayerResult = Vec<(String, Tensor)>;
 
 /// Values of a layer on every batch: `wanted[v][batch]`, and the stream behind the layer. The layer runs once; its
@@ -192,7 +192,7 @@ pub(crate) fn walk_layers(
             return Err(PassError::Interrupted);
         }
         if let Some(found) = cx.store.get(&keys[index]) {
-            apply(unit, func, report_losses(cx, name, index, found), &kept(&keys[index]))?;
+            apply(unit, func, report(cx, name, index, found), &kept(&keys[index]))?;
             cx.report.progress(name, index + 1, layers.len(), "kept from before");
             // The stream behind the last finished layer was kept; only the first unfinished layer asks for it.
             stream = None;
@@ -215,7 +215,7 @@ pub(crate) fn walk_layers(
         if index > 0 {
             cx.store.forget(&stream_key(&keys[index - 1]));
         }
-        apply(unit, func, report_losses(cx, name, index, result), &kept(&keys[index]))?;
+        apply(unit, func, report(cx, name, index, result), &kept(&keys[index]))?;
         cx.report.progress(name, index + 1, layers.len(), "");
         stream = Some(next);
     }
@@ -225,14 +225,20 @@ pub(crate) fn walk_layers(
     Ok(())
 }
 
-/// Tells the losses among the results of a layer, which are named `*.loss` and hold before and after; gives the rest.
-fn report_losses(cx: &mut PassCx<'_>, pass: &str, layer: usize, result: LayerResult) -> LayerResult {
-    let (losses, rest): (LayerResult, LayerResult) =
-        result.into_iter().partition(|(key, _)| key.ends_with(".loss"));
-    for (key, tensor) in losses {
-        if let qrmc_ir::Data::F64(v) = tensor.data() {
-            let what = key.trim_end_matches(".loss").to_owned();
-            cx.report.loss(pass, LayerLoss { layer, what, before: v[0], after: v[1] });
+/// Tells the losses and events among the results of a layer, and gives the rest. Losses are named `*.loss` and hold
+/// before and after; events are named `*.event` and hold a text.
+fn report(cx: &mut PassCx<'_>, pass: &str, layer: usize, result: LayerResult) -> LayerResult {
+    let mut rest = LayerResult::new();
+    for (key, tensor) in result {
+        match (key.rsplit_once('.'), tensor.data()) {
+            (Some((what, "loss")), Data::F64(v)) => {
+                cx.report.loss(pass, LayerLoss { layer, what: what.into(), before: v[0], after: v[1] });
+            }
+            (Some((what, "event")), Data::U8(v)) => {
+                let text = String::from_utf8_lossy(v).into_owned();
+                cx.report.event(pass, Event { layer, what: what.into(), text });
+            }
+            _ => rest.push((key, tensor)),
         }
     }
     rest
@@ -276,7 +282,7 @@ fn advance(
     Ok(observe(unit, cx, &run, &[])?.1)
 }
 
-fn finite(unit: &Unit, func: FuncId, stream: &[Tensor]) -> Result<(), PassError> {
+pub(crate) fn finite(unit: &Unit, func: FuncId, stream: &[Tensor]) -> Result<(), PassError> {
     match stream.iter().find(|t| !t.as_f32().is_some_and(|v| v.iter().all(|x| x.is_finite()))) {
         None => Ok(()),
         Some(t) => Err(PassError::Calibration {

@@ -58,12 +58,27 @@ pub struct LayerLoss {
     pub after: f64,
 }
 
+/// Something that a pass met in a layer and that the user should know of, such as an input that is always 0.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Event {
+    /// Layer number.
+    pub layer: usize,
+    /// Where, such as `down_proj`.
+    pub what: String,
+    /// What was met and what was done about it.
+    pub text: String,
+}
+
 /// Where a pass tells how far it is. Nothing is printed by passes themselves.
 pub trait Report {
     /// Layer `done` of `total` is finished.
     fn progress(&mut self, pass: &str, done: usize, total: usize, note: &str);
     /// A loss that belongs into the summary.
     fn loss(&mut self, pass: &str, loss: LayerLoss);
+    /// Something that belongs into the summary besides losses.
+    fn event(&mut self, pass: &str, event: Event) {
+        let _ = (pass, event);
+    }
     /// Floating-point operations spent in products, for the rate in the summary.
     fn flops(&mut self, pass: &str, flops: f64);
     /// Whether the user asked to stop.

@@ -5,6 +5,7 @@ use qrmc_ir::{Rule, ScaleType};
 use crate::affine::{AffineOptions, Form};
 use crate::annotate::AnnotateOptions;
 use crate::clip_search::ClipSearchOptions;
+use crate::gptq::GptqOptions;
 use crate::options::{
     Bits, Group, OptionError, OptionInfo, OptionType, OptionValue, Width, options, word_option,
 };
@@ -44,12 +45,17 @@ macro_rules! preset {
 }
 
 /// All presets.
-pub const PRESETS: [Preset; 7] = [
+pub const PRESETS: [Preset; 8] = [
     preset!("rtn", RtnPreset, "rounding to nearest, zero in the range (methods.md §1.2)"),
     preset!(
         "awq",
         AwqPreset,
         "AWQ: searched scales folded away, searched clips, rounding to nearest (methods.md §3)"
+    ),
+    preset!(
+        "gptq",
+        GptqPreset,
+        "GPTQ: clipped by squared error, columns with large inputs first (methods.md §4)"
     ),
     preset!(
         "kvquant",
@@ -176,6 +182,47 @@ impl AwqPreset {
         }
         calls.push(call("rtn", RtnOptions {}.write()));
         calls
+    }
+}
+
+options! {
+    /// Options of the preset `gptq`.
+    struct GptqPreset {
+        /// bits of a weight
+        bits: Bits = Bits(4),
+        /// weights that share a scale
+        group: Group = Group::Size(128),
+        /// signed codes without a zero point
+        sym: bool = false,
+        /// clip search by squared error^1.2 of the weights
+        mse: bool = true,
+        /// columns with large inputs first (act-order)
+        order: bool = true,
+        /// damping as a share of the mean square of the inputs
+        damp: f64 = 0.01,
+        /// type in which scales are stored
+        scale: ScaleType = ScaleType::F32,
+        /// ranks of tensor parallelism
+        tp: u32 = 1,
+        /// layers and linear layers that stay as they are
+        skip: Skip = Skip::default(),
+    }
+}
+
+impl GptqPreset {
+    fn expand(&self) -> Vec<Call> {
+        let annotate = AnnotateOptions {
+            w: Width(self.bits.0),
+            group: self.group,
+            sym: self.sym,
+            rule: if self.mse { Rule::Mse } else { Rule::MinMax },
+            scale: self.scale,
+            tp: self.tp,
+            skip: self.skip.clone(),
+            ..AnnotateOptions::default()
+        };
+        let gptq = GptqOptions { order: self.order, damp: self.damp, ..GptqOptions::default() };
+        vec![call("annotate", annotate.write()), call("gptq", gptq.write())]
     }
 }
 

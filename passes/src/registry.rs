@@ -4,6 +4,7 @@ use crate::affine::{Affine, AffineOptions};
 use crate::annotate::{Annotate, AnnotateOptions};
 use crate::clip_search::{ClipSearch, ClipSearchOptions};
 use crate::fuse_norm::{FuseNorm, FuseNormOptions};
+use crate::gptq::{Gptq, GptqOptions};
 use crate::options::{OptionError, OptionInfo, OptionValue};
 use crate::part_bias::{PartBias, PartBiasOptions};
 use crate::pass::{Pass, PassInfo};
@@ -40,7 +41,7 @@ macro_rules! entry {
 }
 
 /// All passes, in the order of the documentation.
-pub const PASSES: [PassEntry; 11] = [
+pub const PASSES: [PassEntry; 12] = [
     entry!(FuseNorm, FuseNormOptions),
     entry!(Rotate, RotateOptions),
     entry!(Smooth, SmoothOptions),
@@ -52,6 +53,7 @@ pub const PASSES: [PassEntry; 11] = [
     entry!(StaticKeys, StaticKeysOptions),
     entry!(ClipSearch, ClipSearchOptions),
     entry!(Rtn, RtnOptions),
+    entry!(Gptq, GptqOptions),
 ];
 
 /// The pass of this name.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use qrmc_ir::{Hash, Module, print, verify};
 use qrmc_lowering::artefact::{ArtefactWriter, Output, SourceInfo, TensorPlan, is_artefact};
 use qrmc_lowering::materialize;
-use qrmc_passes::{Calibration, LayerLoss, Manager, PassCx, PipelineError, Report, Unit};
+use qrmc_passes::{Calibration, Event, LayerLoss, Manager, PassCx, PipelineError, Report, Unit};
 
 use super::recipe::Settings;
 use super::summary::Summary;
@@ -21,11 +21,12 @@ use crate::model::{self, Model};
 use crate::store::DiskStore;
 use crate::ui::Ui;
 
-/// Shows progress, keeps losses.
+/// Shows progress, keeps losses and events.
 struct Reporter<'a> {
     ui: &'a Ui,
     stop: Arc<AtomicBool>,
     losses: Vec<(String, LayerLoss)>,
+    events: Vec<(String, Event)>,
     flops: f64,
 }
 
@@ -40,6 +41,10 @@ impl Report for Reporter<'_> {
 
     fn loss(&mut self, pass: &str, loss: LayerLoss) {
         self.losses.push((pass.to_owned(), loss));
+    }
+
+    fn event(&mut self, pass: &str, event: Event) {
+        self.events.push((pass.to_owned(), event));
     }
 
     fn flops(&mut self, _pass: &str, flops: f64) {
@@ -86,7 +91,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         }
     };
     let store = Arc::new(DiskStore::new(args.cache.clone().unwrap_or_else(|| output.steps())));
-    let mut report = Reporter { ui, stop: stop.clone(), losses: Vec::new(), flops: 0.0 };
+    let mut report = Reporter { ui, stop: stop.clone(), losses: Vec::new(), events: Vec::new(), flops: 0.0 };
     let mut unit = Unit::new(model.module.clone(), model.weights.clone());
     let calibrating = Instant::now();
     let reports = {
@@ -115,6 +120,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         source_bytes: source_bytes(&model),
         reports,
         losses: report.losses,
+        events: report.events,
         rounding: Vec::new(),
         flops: report.flops,
         time: start.elapsed(),

@@ -85,8 +85,12 @@ fn shape_after(model: &Model, pipeline: &Pipeline) -> Result<Module, Failure> {
         pipeline
             .0
             .iter()
-            .filter(|c| ["fuse-norm", "annotate", "rtn"].contains(&c.name.as_str()))
-            .cloned()
+            .filter_map(|c| match c.name.as_str() {
+                "fuse-norm" | "annotate" | "rtn" => Some(c.clone()),
+                // Codes have the same types however they are chosen.
+                "gptq" => Some(qrmc_passes::Call { name: "rtn".into(), options: Vec::new() }),
+                _ => None,
+            })
             .collect(),
     );
     let mut unit = qrmc_passes::Unit::new(module.clone(), model.weights.clone());
@@ -122,7 +126,12 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
     let mut flops = 0.0;
     if let Some(c) = &s.calib {
         let tokens = (c.nsamples * c.seqlen) as u64;
-        memory = memory.max(calibration_bytes(&module, tokens));
+        if s.pipeline.0.iter().any(|c| c.name == "gptq") {
+            memory = memory.max(gptq_bytes(&module, tokens));
+        }
+        if s.pipeline.0.iter().any(|c| ["scale", "clip-search"].contains(&c.name.as_str())) {
+            memory = memory.max(calibration_bytes(&module, tokens));
+        }
         flops += calibration_flops(&module, &s.pipeline, tokens, c.seqlen as u64);
     }
     if s.check
@@ -200,6 +209,23 @@ fn calibration_bytes(m: &Module, tokens: u64) -> u64 {
     activations + buffers.max(gram) + weights
 }
 
+fn gptq_bytes(m: &Module, tokens: u64) -> u64 {
+    let f = &m.facts;
+    let (h, i) = (f.hidden, f.intermediate);
+    // The stream before and behind the layer, and the kept inputs of its linear layers.
+    let wide = if tokens * i * 4 <= 1 << 30 { i } else { 0 };
+    let activations = tokens * (2 * h + 2 * h + f.heads * f.head_dim + wide) * 4;
+    // Gram matrix and factors in one square, a panel of the product of a batch, and the slices that it is made of.
+    let square =
+        |n: u64| n * n * 8 + n.min((n / 4).clamp(256, 2048)) * n * 4 + 2 * n * tokens.min(BATCH_TOKENS) * 4;
+    // A weight as it was, with moved errors, its codes; errors of a block and a part of the losses are small.
+    let weight = |rows: u64, n: u64| rows * n * (4 + 8 + 2) + 512 * n * 16;
+    let wide = square(i) + weight(h, i);
+    let narrow = square(h) + weight(i.max(h), h);
+    // Weights of the layer: those that are not rounded yet as the source stores them.
+    activations + wide.max(narrow) + layer_weights(m) * 2
+}
+
 fn calibration_flops(m: &Module, pipeline: &Pipeline, tokens: u64, seqlen: u64) -> f64 {
     let f = &m.facts;
     let (h, i, t) = (f.hidden as f64, f.intermediate as f64, tokens as f64);
@@ -216,6 +242,13 @@ fn calibration_flops(m: &Module, pipeline: &Pipeline, tokens: u64, seqlen: u64) 
                 let attn = 2.0 * t * h * (2.0 * q + 2.0 * kv) + attention;
                 let mlp = 2.0 * t * 3.0 * h * i;
                 2.0 * forward + (grid + 1.0) * (attn + mlp) + 2.0 * t * i * i + grid * 2.0 * h * i * i
+            }
+            "gptq" => {
+                // Gram matrices above the diagonal, factors, moved errors and the two losses of each weight.
+                let attn = h * h * (t + 2.0 / 3.0 * h + 3.0 * (q + 2.0 * kv));
+                let out = q * q * (t + 2.0 / 3.0 * q + 3.0 * h);
+                let mlp = h * h * (t + 2.0 / 3.0 * h + 3.0 * 2.0 * i) + i * i * (t + 2.0 / 3.0 * i + 3.0 * h);
+                forward + attn + out + mlp
             }
             "clip-search" => 2.0 * forward + 10.0 * 2.0 * layer_weights(m) as f64 * 128.0,
             _ => 0.0,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use qrmc_lowering::artefact::Manifest;
 use qrmc_lowering::materialize::TensorLoss;
-use qrmc_passes::{LayerLoss, PassReport, Preserves};
+use qrmc_passes::{Event, LayerLoss, PassReport, Preserves};
 use serde_json::{Value, json};
 
 use crate::calib;
@@ -19,6 +19,8 @@ pub(crate) struct Summary {
     pub(crate) reports: Vec<PassReport>,
     /// Losses by pass.
     pub(crate) losses: Vec<(String, LayerLoss)>,
+    /// What passes met besides, by pass.
+    pub(crate) events: Vec<(String, Event)>,
     pub(crate) rounding: Vec<TensorLoss>,
     pub(crate) flops: f64,
     pub(crate) time: Duration,
@@ -79,6 +81,9 @@ impl Summary {
             "losses": self.losses.iter().map(|(pass, l)| json!({
                 "pass": pass, "layer": l.layer, "what": l.what, "before": l.before, "after": l.after,
             })).collect::<Vec<_>>(),
+            "events": self.events.iter().map(|(pass, e)| json!({
+                "pass": pass, "layer": e.layer, "what": e.what, "text": e.text,
+            })).collect::<Vec<_>>(),
             "rounding": self.rounding.iter().map(|l| json!({ "tensor": l.name, "relative": l.relative }))
                 .collect::<Vec<_>>(),
             "calibration": self.text.as_ref().map(calib::Report::json),
@@ -119,6 +124,7 @@ impl Summary {
         ui.out("");
         self.show_passes(ui);
         self.show_losses(ui);
+        self.show_events(ui);
         ui.out("next:");
         if self.fake {
             ui.out(&format!(
@@ -150,9 +156,30 @@ impl Summary {
         ui.out("");
     }
 
+    /// What passes met, the first lines of it.
+    fn show_events(&self, ui: &Ui) {
+        const SHOWN: usize = 12;
+        if self.events.is_empty() {
+            return;
+        }
+        ui.out(&format!("events: {}", self.events.len()));
+        for (pass, e) in self.events.iter().take(SHOWN) {
+            ui.out(&format!("  {pass}, layer {}, {}: {}", e.layer, e.what, e.text));
+        }
+        if self.events.len() > SHOWN {
+            ui.out(&format!("  and {} more; --json lists all", self.events.len() - SHOWN));
+        }
+        ui.out("");
+    }
+
     /// For each layer, what is left of each loss.
     fn show_losses(&self, ui: &Ui) {
-        for pass in ["scale", "clip-search"] {
+        let output = "squared error of the output";
+        for (pass, what) in [
+            ("scale", output),
+            ("clip-search", output),
+            ("gptq", "squared error of the output over the square of the output"),
+        ] {
             let of: Vec<&LayerLoss> = self.losses.iter().filter(|(p, _)| p == pass).map(|(_, l)| l).collect();
             let mut whats: Vec<&str> = Vec::new();
             for l in &of {
@@ -166,7 +193,9 @@ impl Summary {
                     let cell = |what: &&str| {
                         let l = of.iter().find(|l| l.layer == i && l.what == **what);
                         l.map_or(String::new(), |l| {
-                            format!("{:.3e} ({:.0} %)", l.after, 100.0 * l.after / l.before)
+                            // Inputs that are all 0 leave no error to compare with.
+                            let share = if l.before > 0.0 { 100.0 * l.after / l.before } else { 100.0 };
+                            format!("{:.3e} ({share:.0} %)", l.after)
                         })
                     };
                     std::iter::once(i.to_string()).chain(whats.iter().map(cell)).collect()
@@ -175,9 +204,7 @@ impl Summary {
             if rows.is_empty() {
                 continue;
             }
-            ui.out(&format!(
-                "{pass}: squared error of the output, and its share of rounding to nearest alone"
-            ));
+            ui.out(&format!("{pass}: {what}, and its share of rounding to nearest alone"));
             let mut head = vec!["layer"];
             head.extend(&whats);
             ui.out(&table(&head, &rows));

@@ -1,4 +1,4 @@
-//! Dense products in `f32`: the `gemm` crate on fixed tiles, one thread each.
+//! Dense products, in `f32` unless said otherwise: the `gemm` crate on fixed tiles, one thread each.
 //!
 //! The cut into tiles depends on the shape alone, and so do the bytes of the result.
 #![allow(unsafe_code, reason = "the gemm crate takes pointers; tiles of one output go to several threads")]
@@ -15,17 +15,17 @@ pub(crate) const FUSED_ROWS: usize = 4;
 
 /// A matrix that is read: `rows x cols` elements of a slice, at any strides.
 #[derive(Clone, Copy, Debug)]
-pub struct MatRef<'a> {
-    data: &'a [f32],
+pub struct MatRef<'a, T = f32> {
+    data: &'a [T],
     rows: usize,
     cols: usize,
     row_stride: usize,
     col_stride: usize,
 }
 
-impl<'a> MatRef<'a> {
+impl<'a, T: Copy> MatRef<'a, T> {
     /// A dense row-major matrix.
-    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+    pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
         MatRef::strided(data, rows, cols, cols, 1)
     }
 
@@ -33,7 +33,7 @@ impl<'a> MatRef<'a> {
     ///
     /// # Panics
     /// If the last element lies outside `data`.
-    pub fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> Self {
+    pub fn strided(data: &'a [T], rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> Self {
         let need =
             if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + (cols - 1) * col_stride + 1 };
         assert!(data.len() >= need, "a [{rows}, {cols}] matrix needs {need} elements, not {}", data.len());
@@ -63,7 +63,7 @@ impl<'a> MatRef<'a> {
     }
 
     /// Row `i`, whose elements must be neighbours.
-    pub(crate) fn row(&self, i: usize) -> &'a [f32] {
+    pub(crate) fn row(&self, i: usize) -> &'a [T] {
         &self.data[i * self.row_stride..i * self.row_stride + self.cols]
     }
 
@@ -82,7 +82,7 @@ impl<'a> MatRef<'a> {
 pub(crate) fn product(a: MatRef<'_>, b: MatRef<'_>, scale: f32, out: &mut [f32], stride: usize) {
     check(a, b, out.len(), stride);
     // SAFETY: `out` is exclusive and large enough.
-    unsafe { product_at(a, b, scale, false, out.as_mut_ptr(), stride) }
+    unsafe { product_at(a, b, (0.0, scale), out.as_mut_ptr(), stride) }
 }
 
 /// As [`product`], added to what `out` holds.
@@ -92,20 +92,28 @@ pub(crate) fn product(a: MatRef<'_>, b: MatRef<'_>, scale: f32, out: &mut [f32],
 pub(crate) fn product_add(a: MatRef<'_>, b: MatRef<'_>, scale: f32, out: &mut [f32], stride: usize) {
     check(a, b, out.len(), stride);
     // SAFETY: `out` is exclusive and large enough.
-    unsafe { product_at(a, b, scale, true, out.as_mut_ptr(), stride) }
+    unsafe { product_at(a, b, (1.0, scale), out.as_mut_ptr(), stride) }
 }
 
-fn check(a: MatRef<'_>, b: MatRef<'_>, len: usize, stride: usize) {
+fn check<T: Copy>(a: MatRef<'_, T>, b: MatRef<'_, T>, len: usize, stride: usize) {
     assert_eq!(a.cols, b.rows, "inner dimensions");
     assert!(stride >= b.cols || a.rows <= 1, "rows of {} elements are {stride} apart", b.cols);
     let need = if a.rows == 0 || b.cols == 0 { 0 } else { (a.rows - 1) * stride + b.cols };
     assert!(len >= need, "a [{}, {}] product needs {need} elements, not {len}", a.rows, b.cols);
 }
 
+/// `out = keep * out + scale * a b`; what was there is not read where `keep` is 0.
+///
 /// # Safety
 /// The `a.rows x b.cols` elements at `out` with rows `stride` apart are valid and written by nobody else; `a` and
 /// `b` have equal inner dimensions.
-unsafe fn product_at(a: MatRef<'_>, b: MatRef<'_>, scale: f32, add: bool, out: *mut f32, stride: usize) {
+unsafe fn product_at<T: Copy + PartialEq + From<u8> + 'static>(
+    a: MatRef<'_, T>,
+    b: MatRef<'_, T>,
+    (keep, scale): (T, T),
+    out: *mut T,
+    stride: usize,
+) {
     debug_assert_eq!(a.cols, b.rows);
     // SAFETY: `MatRef` keeps all elements of `a` and `b` inside their slices; `out` by the caller's promise.
     unsafe {
@@ -116,14 +124,14 @@ unsafe fn product_at(a: MatRef<'_>, b: MatRef<'_>, scale: f32, add: bool, out: *
             out,
             1,
             stride as isize,
-            add,
+            keep != T::from(0),
             a.data.as_ptr(),
             a.col_stride as isize,
             a.row_stride as isize,
             b.data.as_ptr(),
             b.col_stride as isize,
             b.row_stride as isize,
-            if add { 1.0 } else { 0.0 },
+            keep,
             scale,
             false,
             false,
@@ -202,7 +210,7 @@ pub fn matmul_batched(
         let a = nth(a, a_batch, i).part(row, 0, rows, k);
         let b = nth(b, b_batch, i).part(0, col, k, cols);
         // SAFETY: inside `out` by the checks above; each task has a tile of its own.
-        unsafe { product_at(a, b, 1.0, false, out.ptr_at(i * out_batch + row * stride + col), stride) };
+        unsafe { product_at(a, b, (0.0, 1.0), out.ptr_at(i * out_batch + row * stride + col), stride) };
     });
 }
 
@@ -222,7 +230,7 @@ pub fn gram(pool: &Pool, x: MatRef<'_>, out: &mut [f32]) {
         let (rows, cols) = (SIDE.min(n - row), SIDE.min(n - col));
         let (a, b) = (x.part(0, row, x.rows, rows).t(), x.part(0, col, x.rows, cols));
         // SAFETY: inside `out`; each task has a tile of its own.
-        unsafe { product_at(a, b, 1.0, false, out.ptr_at(row * n + col), n) };
+        unsafe { product_at(a, b, (0.0, 1.0), out.ptr_at(row * n + col), n) };
         for i in (0..rows).filter(|_| row != col) {
             // SAFETY: a row of this task's tile, which is written no more.
             let from = unsafe { out.part((row + i) * n + col, cols) };
@@ -232,6 +240,35 @@ pub fn gram(pool: &Pool, x: MatRef<'_>, out: &mut [f32]) {
                 image[0] = *x;
             }
         }
+    });
+}
+
+/// `out += scale * a b` in double precision; rows of `out` are `stride` elements apart, what lies between them is kept.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn add_product(
+    pool: &Pool,
+    a: MatRef<'_, f64>,
+    b: MatRef<'_, f64>,
+    scale: f64,
+    out: &mut [f64],
+    stride: usize,
+) {
+    let (m, k, n) = (a.rows, a.cols, b.cols);
+    if m == 0 || n == 0 || k == 0 {
+        return;
+    }
+    check(a, b, out.len(), stride);
+    let (tm, tn) = tile(m, n);
+    let (across, down) = (n.div_ceil(tn), m.div_ceil(tm));
+    let out = SharedMut::new(out);
+    pool.for_each(across * down, |task| {
+        let (row, col) = (task / across * tm, task % across * tn);
+        let (rows, cols) = (tm.min(m - row), tn.min(n - col));
+        let (a, b) = (a.part(row, 0, rows, k), b.part(0, col, k, cols));
+        // SAFETY: inside `out` by the check above; each task has a tile of its own.
+        unsafe { product_at(a, b, (1.0, scale), out.ptr_at(row * stride + col), stride) };
     });
 }
 
@@ -338,6 +375,31 @@ mod tests {
                     assert!((f64::from(out[i * n + j]) - want).abs() < 1e-4);
                 }
                 assert!(*first.get_or_insert_with(|| bits(&out)) == bits(&out));
+            }
+        }
+    }
+
+    #[test]
+    fn double_products_add_alike_on_any_threads() {
+        for (m, k, n) in [(1, 1, 1), (3, 0, 4), (70, 128, 97), (600, 33, 700), (5, 128, 2000)] {
+            let wide = |v: Vec<f32>| v.into_iter().map(f64::from).collect::<Vec<f64>>();
+            let (a, b) = (wide(noise(m * (k + 1), 5)), wide(noise(n * (k + 2), 6)));
+            let left = MatRef::strided(&a, m, k, k + 1, 1);
+            let right = MatRef::strided(&b, n, k, k + 2, 1).t();
+            let stride = n + 3;
+            let start: Vec<f64> = (0..m * stride).map(|i| i as f64).collect();
+            let mut first: Option<Vec<u64>> = None;
+            for pool in &pools() {
+                let mut out = start.clone();
+                add_product(pool, left, right, -2.0, &mut out, stride);
+                for (i, (have, was)) in out.iter().zip(&start).enumerate() {
+                    let (r, c) = (i / stride, i % stride);
+                    let dot = |c: usize| (0..k).map(|p| a[r * (k + 1) + p] * b[c * (k + 2) + p]).sum::<f64>();
+                    let want = if c < n { was - 2.0 * dot(c) } else { *was };
+                    assert!((have - want).abs() <= 1e-12 * (1.0 + want.abs()), "[{m}, {k}, {n}] at {i}");
+                }
+                let bits: Vec<u64> = out.iter().map(|x| x.to_bits()).collect();
+                assert!(*first.get_or_insert_with(|| bits.clone()) == bits);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! CPU kernels in `f32`.
+//! CPU kernels in `f32`, and products in `f64`.
 //!
 //! Two rules hold everywhere. *Same bytes at any thread count*: work is cut by shape only, and every
 //! reduction has a fixed order. *Unsafe code is local*: it exists for SIMD, for the `gemm` crate and for
@@ -33,7 +33,7 @@ pub mod weight;
 pub use attention::{AttnShape, Rows, attention};
 pub use attention_grad::attention_grad;
 pub use elementwise::{BinaryOp, UnaryOp, binary, silu_mul, unary};
-pub use gemm::{MatRef, gram, matmul, matmul_batched};
+pub use gemm::{MatRef, add_product, gram, matmul, matmul_batched};
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use pool::{Pool, PoolError, Scratch, ScratchBuf};

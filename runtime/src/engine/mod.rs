@@ -10,12 +10,13 @@ mod quantize;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use qrmc_ir::linalg::MatView;
 use qrmc_ir::{
     Engine, EngineError, Func, FuncId, Hash, Module, Op, Prepared, Tensor, WeightSource, structural_hash,
 };
 use qrmc_lowering::{Cpu, Kernel, Program, lower_func, weight_order};
 
-use crate::cpu::{Isa, Pool, Scratch};
+use crate::cpu::{Isa, MatRef, Pool, Scratch};
 use consts::Constant;
 
 pub use exec::Input;
@@ -177,6 +178,17 @@ impl CpuEngine {
 impl Engine for CpuEngine {
     fn coarse(&self) -> Option<&dyn Engine> {
         self.coarse.as_deref().map(|e| e as &dyn Engine)
+    }
+
+    fn parallel(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.machine.pool.for_each(count, task);
+    }
+
+    fn add_product(&self, a: MatView<'_>, b: MatView<'_>, factor: f64, out: &mut [f64], stride: usize) {
+        fn view(m: MatView<'_>) -> MatRef<'_, f64> {
+            MatRef::strided(m.data, m.rows, m.cols, m.strides.0, m.strides.1)
+        }
+        crate::cpu::add_product(&self.machine.pool, view(a), view(b), factor, out, stride);
     }
 
     fn prepare(
