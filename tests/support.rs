@@ -80,3 +80,21 @@ pub(crate) fn tiny_calibration(n: usize, len: usize) -> qrmc_passes::Calibration
     let windows = ids.chunks_exact(len).take(n).map(|w| w.iter().map(|&t| t as i32).collect()).collect();
     qrmc_passes::Calibration { windows, description: "wikitext-2-train-sample.txt".into() }
 }
+
+/// Tensors in memory by name, as an artefact stores them.
+#[derive(Default)]
+pub(crate) struct Stored(std::collections::HashMap<String, (qrmc_ir::TensorType, Vec<u8>)>);
+
+impl Stored {
+    pub(crate) fn put(&mut self, name: &str, ty: qrmc_ir::TensorType, bytes: &[u8]) {
+        assert!(self.0.insert(name.to_owned(), (ty, bytes.to_vec())).is_none(), "{name} is written twice");
+    }
+}
+
+impl qrmc_ir::WeightSource for Stored {
+    fn raw(&self, name: &str) -> Result<qrmc_ir::RawWeight<'_>, qrmc_ir::WeightError> {
+        let (ty, bytes) =
+            self.0.get(name).ok_or_else(|| qrmc_ir::WeightError::new(name, "was not written"))?;
+        Ok(qrmc_ir::RawWeight { ty: ty.clone(), bytes: bytes.into() })
+    }
+}

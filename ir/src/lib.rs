@@ -41,7 +41,7 @@ pub use op::{AttnAttr, BinaryOp, Op, OpText, ReduceOp, UnaryOp};
 pub use parse::{parse, parse_type};
 pub use print::{VERSION, node_lines, print, print_func};
 pub use quant::{Grain, QuantSpec, Rule, ScaleType};
-pub use rewrite::{extract, module_without_quantizers, rewrite, without_quantizers};
+pub use rewrite::{Identity, extract, module_without_quantizers, rewrite, without_quantizers};
 pub use rope::{RopeAttr, RopeScaling};
 pub use tensor::{Data, Tensor};
 pub use types::{Dim, DimEnv, Elem, Shape, Sym, TensorType};

@@ -94,18 +94,30 @@ pub fn extract(
     Ok(b.finish(&results))
 }
 
-/// The function with every fake quantization and clip, and every rounding of a value that is not computed from weights
-/// alone, taken out: what it computes when quantizers are the identity.
+/// Which quantizers are taken to be the identity.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Identity {
+    /// Fake quantization and clips of weights and of values that are computed online, and roundings of the latter.
+    All,
+    /// Those of values that are computed online alone: what is left is what is stored.
+    Online,
+}
+
+/// The function with quantizers taken out: what it computes when they are the identity.
 ///
 /// # Errors
 /// Only if the function breaks a type rule already.
-pub fn without_quantizers(module: &Module, func: &Func) -> Result<Func, Diag> {
+pub fn without_quantizers(module: &Module, func: &Func, which: Identity) -> Result<Func, Diag> {
     let derived = func.weight_derived();
     let mut casts: HashMap<ValueId, ValueId> = HashMap::new();
     rewrite(module, func, |_, node, ins| {
+        let stored = node.outs.first().is_some_and(|o| derived[o.0 as usize]);
         Ok(match node.op {
-            Op::Edge | Op::FakeQuant(..) | Op::Clip(_) | Op::ClipRange(_) => Some(vec![ins[0]]),
-            Op::QCast(_) if !derived[node.ins[0].0 as usize] => {
+            Op::Edge => Some(vec![ins[0]]),
+            Op::FakeQuant(..) | Op::Clip(_) | Op::ClipRange(_) if which == Identity::All || !stored => {
+                Some(vec![ins[0]])
+            }
+            Op::QCast(_) if !stored => {
                 casts.insert(node.outs[0], ins[0]);
                 None
             }
@@ -119,10 +131,10 @@ pub fn without_quantizers(module: &Module, func: &Func) -> Result<Func, Diag> {
 ///
 /// # Errors
 /// As [`without_quantizers`].
-pub fn module_without_quantizers(module: &Module) -> Result<Module, Diag> {
+pub fn module_without_quantizers(module: &Module, which: Identity) -> Result<Module, Diag> {
     let mut out = module.clone();
     for at in 0..out.funcs.len() {
-        out.funcs[at] = without_quantizers(module, &module.funcs[at])?;
+        out.funcs[at] = without_quantizers(module, &module.funcs[at], which)?;
     }
     Ok(out)
 }

@@ -83,11 +83,16 @@ pub fn plan(module: Verified<'_>) -> Result<Materialized, Diag> {
     let mut new = Module::new(old.facts.clone());
     new.history.clone_from(&old.history);
     let mut jobs = Vec::new();
+    // What each name stands for: the weight that it is a copy of, if it is one.
+    let mut made: HashMap<String, Option<String>> = HashMap::new();
     for (at, f) in old.funcs.iter().enumerate() {
         let roots = roots(f);
         let mut ids: HashMap<ValueId, Vec<qrmc_ir::WeightId>> = HashMap::new();
         for &root in &roots {
-            let job = job(&old, FuncId(at as u32), f, root, &names);
+            let mut job = job(&old, FuncId(at as u32), f, root, &names);
+            job.rename(&made, first_op(f, root));
+            let copied = if let Origin::Copy(w) = &job.origin { Some(w.clone()) } else { None };
+            made.extend(job.tensors.iter().map(|t| (t.name.clone(), copied.clone())));
             let mut declared = Vec::new();
             for t in &job.tensors {
                 let fresh = new.find_weight(&t.name).is_none();
@@ -164,6 +169,46 @@ fn base_weight(module: &Module, f: &Func, v: ValueId) -> Option<String> {
         }
         v = *n.ins.first()?;
     }
+}
+
+/// Mnemonic of the first operation on the weight that a value is mainly made of.
+fn first_op(f: &Func, v: ValueId) -> &'static str {
+    let (mut v, mut word) = (v, "derived");
+    while let Some(n) = f.def_node(v).filter(|n| !matches!(n.op, Op::Weight(_))) {
+        word = n.op.text().0;
+        match n.ins.first() {
+            Some(&first) => v = first,
+            None => break,
+        }
+    }
+    word
+}
+
+impl Job {
+    /// Takes other names if one of them stands for another tensor already: a weight and what is computed from it, say.
+    fn rename(&mut self, made: &HashMap<String, Option<String>>, word: &str) {
+        let copied = if let Origin::Copy(w) = &self.origin { Some(w.clone()) } else { None };
+        let taken = |name: &String| made.get(name).is_some_and(|of| of.is_none() || *of != copied);
+        let plain: Vec<String> = self.tensors.iter().map(|t| t.name.clone()).collect();
+        let mut number = 1;
+        while self.tensors.iter().any(|t| taken(&t.name)) {
+            let part = if number == 1 { format!(".{word}") } else { format!(".{word}.{number}") };
+            for (t, plain) in self.tensors.iter_mut().zip(&plain) {
+                // Scales and zero points keep their ends.
+                let at = match plain.rfind('.') {
+                    Some(at) if plains_end(&plain[at..]) && matches!(self.parts.len(), 2..) => at,
+                    _ => plain.len(),
+                };
+                t.name = format!("{}{part}{}", &plain[..at], &plain[at..]);
+            }
+            number += 1;
+        }
+    }
+}
+
+/// The ends of the names of a quantized weight's parts.
+fn plains_end(end: &str) -> bool {
+    [".codes", ".scale", ".zero"].contains(&end)
 }
 
 fn job(module: &Module, id: FuncId, f: &Func, root: ValueId, names: &Names) -> Job {

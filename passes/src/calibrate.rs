@@ -116,7 +116,11 @@ pub(crate) fn observe(
     let f = m.func(run.func);
     let all: Vec<qrmc_ir::ValueId> = wanted.iter().copied().chain(f.results.first().copied()).collect();
     let named = qrmc_ir::extract(m, f, "observe", &f.params, &all)?;
-    let func = cx.engine.prepare(m, &qrmc_ir::without_quantizers(m, &named)?, &unit.weights)?;
+    let func = cx.engine.prepare(
+        m,
+        &qrmc_ir::without_quantizers(m, &named, qrmc_ir::Identity::All)?,
+        &unit.weights,
+    )?;
     let mut values: Vec<Vec<Tensor>> = vec![Vec::new(); wanted.len()];
     let mut next = Vec::with_capacity(run.stream.len());
     for x in run.stream {

@@ -1,6 +1,6 @@
 //! Proof by running: two modules on the same seeded tokens, a layer at a time.
 
-use qrmc_ir::{Engine, EngineError, Module, Op, Tensor, WeightSource};
+use qrmc_ir::{Engine, EngineError, Identity, Module, Op, Tensor, WeightSource};
 
 /// How far two results are apart.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -118,6 +118,9 @@ pub fn logit_gap(have: &Tensor, want: &Tensor) -> Gap {
     gap
 }
 
+/// A module and where its weights are.
+pub type Sourced<'a> = (&'a Module, &'a dyn WeightSource);
+
 /// The gap between the logits of two modules over the same weights, with quantizers as the identity. Equal graphs are
 /// told apart without running them.
 ///
@@ -130,8 +133,8 @@ pub fn compare_logits(
     weights: &dyn WeightSource,
     ids: &Tensor,
 ) -> Result<Gap, EngineError> {
-    let before = qrmc_ir::module_without_quantizers(before)?;
-    let after = qrmc_ir::module_without_quantizers(after)?;
+    let before = qrmc_ir::module_without_quantizers(before, Identity::All)?;
+    let after = qrmc_ir::module_without_quantizers(after, Identity::All)?;
     let same = before.funcs.len() == after.funcs.len()
         && before
             .funcs
@@ -144,4 +147,27 @@ pub fn compare_logits(
     let want = forward(engine, &before, weights, ids)?;
     let have = forward(engine, &after, weights, ids)?;
     Ok(logit_gap(&have, &want))
+}
+
+/// As [`compare_logits`] for modules over weights of their own, what was compiled and what was written. Weights are
+/// rounded and clipped in both; only the quantizers of values that are computed online are the identity.
+///
+/// # Errors
+/// What the engine says.
+pub fn compare_sourced(
+    engine: &dyn Engine,
+    before: Sourced<'_>,
+    after: Sourced<'_>,
+    ids: &Tensor,
+) -> Result<Gap, EngineError> {
+    let mut logits = Vec::new();
+    for (module, weights) in [before, after] {
+        logits.push(forward(
+            engine,
+            &qrmc_ir::module_without_quantizers(module, Identity::Online)?,
+            weights,
+            ids,
+        )?);
+    }
+    Ok(logit_gap(&logits[1], &logits[0]))
 }

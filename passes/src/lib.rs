@@ -29,7 +29,7 @@ mod static_keys;
 mod unit;
 
 pub use calibrate::{Calibration, LayerRun, NoStore, StepStore};
-pub use check::{Gap, compare_logits, forward, logit_gap, seeded_tokens};
+pub use check::{Gap, Sourced, compare_logits, compare_sourced, forward, logit_gap, seeded_tokens};
 pub use manager::{Manager, PassReport, PipelineError, legal};
 pub use options::{OptionInfo, OptionValue};
 pub use pass::{Event, LayerLoss, Pass, PassCx, PassError, PassInfo, Preserves, Report, Stage};

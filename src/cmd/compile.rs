@@ -5,21 +5,31 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use qrmc_ir::{Hash, Module, print, verify};
+use qrmc_ir::{Hash, Module, WeightSource, print, verify};
 use qrmc_lowering::artefact::{ArtefactWriter, Output, SourceInfo, TensorPlan, is_artefact};
 use qrmc_lowering::materialize;
-use qrmc_passes::{Calibration, Event, LayerLoss, Manager, PassCx, PipelineError, Report, Unit};
+use qrmc_passes::{
+    Calibration, Event, Gap, LayerLoss, Manager, PassCx, PassReport, PipelineError, Preserves, Report, Unit,
+    compare_sourced, seeded_tokens,
+};
+
+use qrmc_runtime::engine::CpuEngine;
 
 use super::recipe::Settings;
 use super::summary::Summary;
 use super::{emit, plan};
 use crate::calib;
 use crate::cli::{CompileArgs, Emit};
-use crate::fail::{FAILURE, Failure, INTERRUPTED};
+use crate::fail::{FAILURE, Failure, GATE, INTERRUPTED};
 use crate::memory::{Watch, private_bytes, show_bytes};
 use crate::model::{self, Model};
 use crate::store::DiskStore;
 use crate::ui::Ui;
+
+/// Tokens of the comparison of the artefact with the graph, and how far its logits may be: kernels for packed weights
+/// add in another order.
+const CHECK_TOKENS: usize = 32;
+const WRITTEN_WITHIN: f64 = 1e-4;
 
 /// Shows progress, keeps losses and events.
 struct Reporter<'a> {
@@ -129,6 +139,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         planned: needs.memory,
         text,
         fake: args.emit == Emit::Fake,
+        written: None,
     };
     let mut fake = match args.emit {
         Emit::Packed => None,
@@ -156,6 +167,10 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     write_files(&mut writer, args.emit, &model, &plan.module, &recipe)?;
     let pipeline = unit.module.history.clone();
     let manifest = finish(writer, args.emit, source, pipeline)?;
+    summary.written = match args.emit {
+        Emit::Packed if settings.check => written_gap(&output, &unit, &engine, &settings, &summary.reports)?,
+        _ => None,
+    };
     output.publish()?;
     summary.time = start.elapsed();
     summary.peak = watch.peak();
@@ -165,6 +180,31 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         summary.show(ui, &manifest);
     }
     Ok(())
+}
+
+/// How far what was written is from what was compiled, where a transform made it more than a copy of its parts.
+fn written_gap(
+    output: &Output,
+    unit: &Unit,
+    engine: &CpuEngine,
+    settings: &Settings,
+    reports: &[PassReport],
+) -> Result<Option<Gap>, Failure> {
+    if !reports.iter().any(|r| matches!(r.preserves, Preserves::Within(_))) {
+        return Ok(None);
+    }
+    let written = model::open(&output.folder(), engine)?;
+    let ids = seeded_tokens(settings.seed, CHECK_TOKENS, unit.module.facts.vocab);
+    let compiled = (&unit.module, &unit.weights as &dyn WeightSource);
+    let gap = compare_sourced(engine, compiled, (&written.module, &*written.weights), &ids)?;
+    if gap.relative > WRITTEN_WITHIN {
+        return Err(Failure::new(
+            GATE,
+            format!("the artefact's logits are {:.2e} from those of the compiled graph", gap.relative),
+        )
+        .hint("this is a fault of qrmc; nothing was published. Please report it with the recipe"));
+    }
+    Ok(Some(gap))
 }
 
 fn source_bytes(model: &Model) -> u64 {

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use qrmc_ir::{Module, Tensor};
 use qrmc_lowering::materialize;
-use qrmc_passes::Pipeline;
+use qrmc_passes::{Pipeline, Preserves, find};
 use qrmc_runtime::cpu::{MatRef, matmul};
 use qrmc_runtime::engine::CpuEngine;
 
@@ -129,13 +129,18 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
         if s.pipeline.0.iter().any(|c| c.name == "gptq") {
             memory = memory.max(gptq_bytes(&module, tokens));
         }
-        if s.pipeline.0.iter().any(|c| ["scale", "clip-search"].contains(&c.name.as_str())) {
+        let any = |names: &[&str]| s.pipeline.0.iter().any(|c| names.contains(&c.name.as_str()));
+        if any(&["scale", "clip-search", "smooth", "static-keys"]) {
             memory = memory.max(calibration_bytes(&module, tokens));
+        }
+        if let Some(c2) = s.pipeline.0.iter().find(|c| c.name == "affine") {
+            let windows = option(c2, "batch").min(c.nsamples as f64);
+            memory = memory.max(training_bytes(&module, tokens, c.seqlen as u64, windows as u64));
         }
         flops += calibration_flops(&module, &s.pipeline, tokens, c.seqlen as u64);
     }
     if s.check
-        && s.pipeline.0.iter().any(|c| ["scale", "place-transforms", "fuse-norm"].contains(&c.name.as_str()))
+        && s.pipeline.0.iter().any(|c| find(&c.name).is_some_and(|p| p.info().preserves != Preserves::Lossy))
     {
         // One layer or the head at a time; a copy of what the source had to convert stands beside it.
         let stored = if owned { 8 } else { 2 };
@@ -209,6 +214,21 @@ fn calibration_bytes(m: &Module, tokens: u64) -> u64 {
     activations + buffers.max(gram) + weights
 }
 
+/// A numeric option of a pass in normal form.
+fn option(c: &qrmc_passes::Call, name: &str) -> f64 {
+    c.options.iter().find(|(k, _)| k == name).and_then(|(_, v)| v.to_string().parse().ok()).unwrap_or(0.0)
+}
+
+/// Training of one layer: the float stream before and behind it in both cuts into windows, what the steps of a
+/// gradient keep of one step, and the layer's weights, transformed and with their gradients.
+fn training_bytes(m: &Module, tokens: u64, seqlen: u64, windows: u64) -> u64 {
+    let f = &m.facts;
+    let step = seqlen * windows;
+    let streams = tokens * f.hidden * 4 * 4 + tokens * (2 * f.hidden + f.intermediate) * 4;
+    let kept = step * (24 * f.hidden + 12 * f.intermediate) * 4;
+    streams.max(tokens * f.hidden * 4 * 4 + kept + layer_weights(m) * 4 * 7)
+}
+
 fn gptq_bytes(m: &Module, tokens: u64) -> u64 {
     let f = &m.facts;
     let (h, i) = (f.hidden, f.intermediate);
@@ -236,9 +256,7 @@ fn calibration_flops(m: &Module, pipeline: &Pipeline, tokens: u64, seqlen: u64) 
     for c in &pipeline.0 {
         let per_layer = match c.name.as_str() {
             "scale" => {
-                let grid =
-                    c.options.iter().find(|(k, _)| k == "grid").and_then(|(_, v)| v.to_string().parse().ok());
-                let grid: f64 = grid.unwrap_or(20.0);
+                let grid = option(c, "grid");
                 let attn = 2.0 * t * h * (2.0 * q + 2.0 * kv) + attention;
                 let mlp = 2.0 * t * 3.0 * h * i;
                 2.0 * forward + (grid + 1.0) * (attn + mlp) + 2.0 * t * i * i + grid * 2.0 * h * i * i
@@ -250,6 +268,9 @@ fn calibration_flops(m: &Module, pipeline: &Pipeline, tokens: u64, seqlen: u64) 
                 let mlp = h * h * (t + 2.0 / 3.0 * h + 3.0 * 2.0 * i) + i * i * (t + 2.0 / 3.0 * i + 3.0 * h);
                 forward + attn + out + mlp
             }
+            "smooth" | "static-keys" => forward,
+            // Forward and backward of every step, and two runs for the losses.
+            "affine" => forward * (3.0 * option(c, "epochs") + 4.0),
             "clip-search" => 2.0 * forward + 10.0 * 2.0 * layer_weights(m) as f64 * 128.0,
             _ => 0.0,
         };

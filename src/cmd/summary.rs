@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use qrmc_lowering::artefact::Manifest;
 use qrmc_lowering::materialize::TensorLoss;
-use qrmc_passes::{Event, LayerLoss, PassReport, Preserves};
+use qrmc_passes::{Event, Gap, LayerLoss, PassReport, Preserves};
 use serde_json::{Value, json};
 
 use crate::calib;
@@ -29,6 +29,8 @@ pub(crate) struct Summary {
     pub(crate) planned: u64,
     pub(crate) text: Option<calib::Report>,
     pub(crate) fake: bool,
+    /// How far the artefact is from the compiled graph, if that was measured.
+    pub(crate) written: Option<Gap>,
 }
 
 /// Stored bits of the quantized weights, and how many weights that are.
@@ -87,6 +89,7 @@ impl Summary {
             "rounding": self.rounding.iter().map(|l| json!({ "tensor": l.name, "relative": l.relative }))
                 .collect::<Vec<_>>(),
             "calibration": self.text.as_ref().map(calib::Report::json),
+            "artefact_gap": self.written.map(|g| g.relative),
             "gflops": self.rate(),
             "seconds": self.time.as_secs_f64(),
             "peak_bytes": self.peak,
@@ -139,7 +142,7 @@ impl Summary {
     }
 
     fn show_passes(&self, ui: &Ui) {
-        let rows: Vec<Vec<String>> = self
+        let mut rows: Vec<Vec<String>> = self
             .reports
             .iter()
             .map(|r| {
@@ -152,6 +155,13 @@ impl Summary {
                 vec![r.pass.split('{').next().unwrap_or("").to_owned(), show_time(r.time.as_secs_f64()), kept]
             })
             .collect();
+        if let Some(g) = self.written {
+            rows.push(vec![
+                "artefact".into(),
+                String::new(),
+                format!("logits within {:.1e} of the graph", g.relative),
+            ]);
+        }
         ui.out(&table(&["pass", "time", "kept"], &rows));
         ui.out("");
     }
@@ -175,10 +185,16 @@ impl Summary {
     /// For each layer, what is left of each loss.
     fn show_losses(&self, ui: &Ui) {
         let output = "squared error of the output";
-        for (pass, what) in [
-            ("scale", output),
-            ("clip-search", output),
-            ("gptq", "squared error of the output over the square of the output"),
+        let rounding = "rounding to nearest alone";
+        for (pass, what, before) in [
+            ("scale", output, rounding),
+            (
+                "affine",
+                "squared error of the layer over the square of its output",
+                "the transforms before training",
+            ),
+            ("clip-search", output, rounding),
+            ("gptq", "squared error of the output over the square of the output", rounding),
         ] {
             let of: Vec<&LayerLoss> = self.losses.iter().filter(|(p, _)| p == pass).map(|(_, l)| l).collect();
             let mut whats: Vec<&str> = Vec::new();
@@ -195,7 +211,12 @@ impl Summary {
                         l.map_or(String::new(), |l| {
                             // Inputs that are all 0 leave no error to compare with.
                             let share = if l.before > 0.0 { 100.0 * l.after / l.before } else { 100.0 };
-                            format!("{:.3e} ({share:.0} %)", l.after)
+                            let from = if whats.len() == 1 {
+                                format!("{:.3e} -> ", l.before)
+                            } else {
+                                String::new()
+                            };
+                            format!("{from}{:.3e} ({share:.0} %)", l.after)
                         })
                     };
                     std::iter::once(i.to_string()).chain(whats.iter().map(cell)).collect()
@@ -204,7 +225,7 @@ impl Summary {
             if rows.is_empty() {
                 continue;
             }
-            ui.out(&format!("{pass}: {what}, and its share of rounding to nearest alone"));
+            ui.out(&format!("{pass}: {what}, and its share of that of {before}"));
             let mut head = vec!["layer"];
             head.extend(&whats);
             ui.out(&table(&head, &rows));

@@ -166,7 +166,7 @@ pub(super) fn work(
     let nothing = Kept { store: Arc::new(NoStore), key: Hash::of([]) };
     let first = unit.module.func(run.func);
     let targets = targets(&unit.module, first);
-    let plain = without_quantizers(&unit.module, first)?;
+    let plain = without_quantizers(&unit.module, first, qrmc_ir::Identity::All)?;
     let groups = groups(&targets, &linears(&plain))?;
     let inputs = |f: &Func| -> Vec<ValueId> {
         let all = linears(f);
@@ -178,7 +178,7 @@ pub(super) fn work(
     let mut next = Vec::new();
     for part in 0..=groups.len() {
         // Weights of earlier groups are rounded here, those of later ones are floats.
-        let now = without_quantizers(&local.module, local.module.func(run.func))?;
+        let now = without_quantizers(&local.module, local.module.func(run.func), qrmc_ir::Identity::All)?;
         let xs = inputs(&now);
         let at: Vec<(usize, ValueId)> =
             (0..part).filter(|&i| last[i].is_some_and(|l| l >= part)).map(|i| (i, xs[i])).collect();
