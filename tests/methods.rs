@@ -194,7 +194,7 @@ fn golden_one_layer_of_each_method() {
     for (name, text) in [
         ("annotated", "rotate,annotate{w=4,a=4,kv=4,group=row,sym=true,a_clip=0.9,tp=2}"),
         ("affine_annotated", "affine{epochs=1,batch=2,tp=2},annotate{w=4,a=4,kv=4,group=row,sym=true,tp=2}"),
-        ("kvquant", "kvquant{bits=4}"),
+        ("static_keys", "kvquant{bits=4}"),
         ("quarot_kv_aware", "quarot-kv{bits=3,bias=aware}"),
         ("skip", "annotate{w=4,a=4,kv=4,group=8,skip=[o_proj,layer0.up_proj]}"),
     ] {

@@ -9,6 +9,10 @@ use qrmc_ir::{
 
 use crate::artefact::{ArtefactError, TensorPlan, stored_bytes};
 
+mod names;
+
+use names::{Names, base_weight, first_op};
+
 /// Why a module could not be materialised.
 #[derive(Debug, thiserror::Error)]
 pub enum MaterializeError {
@@ -125,90 +129,6 @@ fn roots(f: &Func) -> Vec<ValueId> {
         }
     }
     out
-}
-
-/// Names of new tensors.
-struct Names {
-    /// How many functions read each weight as it is, or derive something from it.
-    readers: HashMap<String, usize>,
-}
-
-impl Names {
-    fn of(module: &Module) -> Self {
-        let mut readers: HashMap<String, usize> = HashMap::new();
-        for f in &module.funcs {
-            let mut seen = HashSet::new();
-            for n in &f.nodes {
-                if let Op::Weight(w) = n.op
-                    && seen.insert(w)
-                {
-                    *readers.entry(module.weight(w).name.clone()).or_default() += 1;
-                }
-            }
-        }
-        Names { readers }
-    }
-
-    /// The name of what is computed from a weight: the weight's own, unless another function reads that too.
-    fn derived(&self, base: &str, func: &str) -> String {
-        if self.readers.get(base).copied().unwrap_or(0) > 1 {
-            format!("{base}.{func}")
-        } else {
-            base.to_owned()
-        }
-    }
-}
-
-/// The weight that a value is mainly made of: the one at the end of the first operands.
-fn base_weight(module: &Module, f: &Func, v: ValueId) -> Option<String> {
-    let mut v = v;
-    loop {
-        let n = f.def_node(v)?;
-        if let Op::Weight(w) = n.op {
-            return Some(module.weight(w).name.clone());
-        }
-        v = *n.ins.first()?;
-    }
-}
-
-/// Mnemonic of the first operation on the weight that a value is mainly made of.
-fn first_op(f: &Func, v: ValueId) -> &'static str {
-    let (mut v, mut word) = (v, "derived");
-    while let Some(n) = f.def_node(v).filter(|n| !matches!(n.op, Op::Weight(_))) {
-        word = n.op.text().0;
-        match n.ins.first() {
-            Some(&first) => v = first,
-            None => break,
-        }
-    }
-    word
-}
-
-impl Job {
-    /// Takes other names if one of them stands for another tensor already: a weight and what is computed from it, say.
-    fn rename(&mut self, made: &HashMap<String, Option<String>>, word: &str) {
-        let copied = if let Origin::Copy(w) = &self.origin { Some(w.clone()) } else { None };
-        let taken = |name: &String| made.get(name).is_some_and(|of| of.is_none() || *of != copied);
-        let plain: Vec<String> = self.tensors.iter().map(|t| t.name.clone()).collect();
-        let mut number = 1;
-        while self.tensors.iter().any(|t| taken(&t.name)) {
-            let part = if number == 1 { format!(".{word}") } else { format!(".{word}.{number}") };
-            for (t, plain) in self.tensors.iter_mut().zip(&plain) {
-                // Scales and zero points keep their ends.
-                let at = match plain.rfind('.') {
-                    Some(at) if plains_end(&plain[at..]) && matches!(self.parts.len(), 2..) => at,
-                    _ => plain.len(),
-                };
-                t.name = format!("{}{part}{}", &plain[..at], &plain[at..]);
-            }
-            number += 1;
-        }
-    }
-}
-
-/// The ends of the names of a quantized weight's parts.
-fn plains_end(end: &str) -> bool {
-    [".codes", ".scale", ".zero"].contains(&end)
 }
 
 fn job(module: &Module, id: FuncId, f: &Func, root: ValueId, names: &Names) -> Job {
