@@ -161,7 +161,8 @@ fn probabilities(b: &mut Builder<'_>, scale: f64, q: ValueId, k: ValueId) -> Res
     let scores = b.op1(Op::MatMul { trans_b: true }, &[q, k])?;
     let scale = b.scalar(scale);
     let scores = b.binary(BinaryOp::Mul, scores, scale)?;
-    let mask = b.op1(Op::CausalMask, &[])?;
+    let square = b.ty(k).shape.0[3] == b.ty(q).shape.0[3];
+    let mask = b.op1(Op::CausalMask { square }, &[])?;
     let scores = b.binary(BinaryOp::Add, scores, mask)?;
     softmax(b, scores)
 }

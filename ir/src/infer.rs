@@ -105,7 +105,10 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
             shape.0.push(table.shape.0[1]);
             one(TensorType { elem: Elem::F32, shape })
         }
-        Op::CausalMask => one(TensorType::new(Elem::F32, vec![Sym::S.into(), Sym::T.into()])),
+        Op::CausalMask { square } => {
+            let keys = if *square { Sym::S } else { Sym::T };
+            one(TensorType::new(Elem::F32, vec![Sym::S.into(), keys.into()]))
+        }
         Op::RmsNorm(_) => {
             let gain = ins[1].shape.last().filter(|_| ins[1].shape.rank() == 1);
             if gain != ins[0].shape.last() && gain != Some(Dim::Fixed(1)) {
@@ -146,7 +149,7 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
             ins[..3].iter().map(|t| float(t, &fault)).collect()
         }
         Op::BroadcastLike => {
-            let elem = float(ins[0], &fault)?.elem;
+            let elem = arith(ins, &fault)?;
             if ins[0].shape.broadcast(&ins[1].shape).as_ref() != Some(&ins[1].shape) {
                 return Err(fault(format!("{} does not broadcast to {}", ins[0], ins[1])));
             }
@@ -237,7 +240,7 @@ pub fn infer(module: &Module, op: &Op, ins: Types<'_>) -> Result<Vec<TensorType>
 fn arity(op: &Op) -> Option<std::ops::RangeInclusive<usize>> {
     Some(match op {
         Op::Call(_) => return None,
-        Op::Weight(_) | Op::Const { .. } | Op::CausalMask => 0..=0,
+        Op::Weight(_) | Op::Const { .. } | Op::CausalMask { .. } => 0..=0,
         Op::Unary(_)
         | Op::Reduce(..)
         | Op::Cast(_)

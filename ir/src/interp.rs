@@ -154,8 +154,9 @@ fn eval(func: &Func, node: &Node, ins: &[&Tensor], dims: &DimEnv) -> Vec<Tensor>
                 .unwrap_or_else(|_| unreachable!("verified shapes"))
         }
         Op::Gather => gather(&wide(ins[0]), ins[1], &shape),
-        Op::CausalMask => ArrayD::from_shape_fn(IxDyn(&shape), |ix| {
-            if ix[1] <= dims.past + ix[0] { 0.0 } else { f64::NEG_INFINITY }
+        Op::CausalMask { square } => ArrayD::from_shape_fn(IxDyn(&shape), |ix| {
+            let past = if *square { 0 } else { dims.past };
+            if ix[1] <= past + ix[0] { 0.0 } else { f64::NEG_INFINITY }
         }),
         Op::BroadcastLike => {
             let x = wide(ins[0]);

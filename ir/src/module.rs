@@ -161,7 +161,7 @@ impl Func {
         for node in &self.nodes {
             let d = match node.op {
                 Op::Weight(_) | Op::Const { .. } => true,
-                Op::Call(_) | Op::CausalMask => false,
+                Op::Call(_) | Op::CausalMask { .. } => false,
                 _ => node.ins.iter().all(|v| derived[v.0 as usize]),
             };
             for out in &node.outs {

@@ -122,8 +122,11 @@ pub enum Op {
     Concat(u8),
     /// `table [v, n], ids [..] -> [.., n]`
     Gather,
-    /// `-> mask [S, T]`: 0 where key `j <= P + i`, else minus infinity.
-    CausalMask,
+    /// `-> mask [S, T]`: 0 where key `j <= P + i`, else minus infinity; `[S, S]` where there is no past.
+    CausalMask {
+        /// Whether there is no past.
+        square: bool,
+    },
     /// `x, like -> y`: `x` repeated to the shape of `like`, as numpy broadcasts.
     BroadcastLike,
     /// `a [.., m], b [.., n] -> [m, n]`: the sum over all leading positions of `aᵀ b`.
@@ -284,7 +287,7 @@ impl Op {
             ),
             Op::Concat(axis) => ("concat", vec![("axis", Attr::Int(i64::from(*axis)))]),
             Op::Gather => ("gather", vec![]),
-            Op::CausalMask => ("causal_mask", vec![]),
+            Op::CausalMask { square } => (if *square { "causal_mask.square" } else { "causal_mask" }, vec![]),
             Op::Silu => ("silu", vec![]),
             Op::RmsNorm(eps) => ("rms_norm", vec![("eps", Attr::Real(*eps))]),
             Op::Softmax => ("softmax", vec![]),
@@ -333,7 +336,8 @@ impl Op {
             }
             "concat" => Op::Concat(a.small("axis")?),
             "gather" => Op::Gather,
-            "causal_mask" => Op::CausalMask,
+            "causal_mask" => Op::CausalMask { square: false },
+            "causal_mask.square" => Op::CausalMask { square: true },
             "silu" => Op::Silu,
             "rms_norm" => Op::RmsNorm(a.real("eps")?),
             "softmax" => Op::Softmax,

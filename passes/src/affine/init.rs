@@ -180,7 +180,7 @@ mod tests {
         for _ in 0..total {
             random.randn();
         }
-        assert_eq!(second[0].1.as_f32().unwrap(), orthogonal(&mut random, 3));
+        assert_eq!(second[0].1.as_f32().unwrap(), orthogonal(&mut random, 2));
         assert_eq!(first[8].1.shape(), [2, 4, 4]);
         assert_eq!(first[3].1.shape(), [3, 3]);
     }

@@ -68,10 +68,11 @@ pub(super) fn run(
             Op::Reduce(r, axis) => reduce(m, *r, usize::from(*axis), &ins[0], out),
             Op::MatMul { trans_b } => products::matmul(m, *trans_b, ins, out),
             Op::Rope(attr) => rope(m, attr, ins, out),
-            Op::CausalMask => {
-                let total = dims.size(Dim::Sym(Sym::T));
+            Op::CausalMask { square } => {
+                let total = out_shape.last().copied().unwrap_or(1);
+                let past = if *square { 0 } else { dims.past };
                 for (i, row) in floats(out)?.chunks_mut(total.max(1)).enumerate() {
-                    let see = dims.past + i + 1;
+                    let see = past + i + 1;
                     row.iter_mut()
                         .enumerate()
                         .for_each(|(j, y)| *y = if j < see { 0.0 } else { f32::NEG_INFINITY });
