@@ -180,8 +180,8 @@ mod tests {
         let text = r.text();
         for words in [
             "2 windows",
-            "4 to 7",
-            "33.3 %",
+            "3 to 7",
+            "66.7 %",
             "1 documents with 600 tokens are too long",
             "50.0 %",
             "tail of 2",
