@@ -7,6 +7,7 @@ use crate::run::{ok, qrmc, snapshot};
 
 const AWQ: &str = "awq:bits=3";
 const GPTQ: &str = "gptq:bits=3";
+const FLATQUANT: &str = "flatquant:epochs=2,batch=2";
 
 fn command(pass: &str) -> [&str; 8] {
     ["compile", "--pass", pass, "--nsamples", "4", "--seqlen", "256", "--no-check"]

@@ -1,6 +1,6 @@
 //! Kernels that read dense operands.
 
-use qrmc_ir::{Data, Dim, DimEnv, EngineError, Op, ReduceOp, RopeAttr, Sym, UnaryOp};
+use qrmc_ir::{Data, DimEnv, EngineError, Op, ReduceOp, RopeAttr, UnaryOp};
 use qrmc_lowering::Kernel;
 
 use super::exec::{In, Slice, wrong_kind};
