@@ -187,13 +187,12 @@ fn calibration(
     let context = model.module.facts.context as usize;
     let seqlen = args.seqlen.or(from.map(|c| c.seqlen)).unwrap_or_else(|| SEQLEN.min(context.max(1)));
     if seqlen == 0 || seqlen > context {
-        return Err(Failure::usage(format!(
-            "--seqlen {seqlen}: windows have 1 to {context} tokens for this model"
-        )));
+        return Err(Failure::usage(format!("--seqlen {seqlen} does not fit this model"))
+            .hint(format!("windows have 1 to {context} tokens")));
     }
     let nsamples = args.nsamples.or(from.map(|c| c.nsamples)).unwrap_or(NSAMPLES);
     if nsamples == 0 {
-        return Err(Failure::usage("--nsamples 0: give at least 1"));
+        return Err(Failure::usage("--nsamples 0: nothing to calibrate on").hint("give at least 1"));
     }
     Ok(CalibSettings {
         path,

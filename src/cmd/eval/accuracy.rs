@@ -33,7 +33,7 @@ pub(super) fn run(args: &EvalArgs, task: &Task, ui: &Ui) -> Result<(), Failure> 
     let max_new = args.accuracy.max_new.unwrap_or(task.max_new);
     for (flag, n) in [("--limit", args.accuracy.limit), ("--max-new", Some(max_new))] {
         if n == Some(0) {
-            return Err(Failure::usage(format!("{flag} is 0")).hint("give at least 1"));
+            return Err(Failure::usage(format!("{flag} 0: nothing to do")).hint("give at least 1"));
         }
     }
     let engine = super::super::engine(&args.machine)?;
