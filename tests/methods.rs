@@ -17,7 +17,7 @@ const AFFINE: &str = "affine{epochs=1,batch=2}";
 fn every_transform_keeps_the_function_at_every_number_of_ranks() {
     for name in FIXTURES {
         let facts = import(&format!("fixtures/{name}")).module.facts;
-        for tp in [1, 2, 4].into_iter().filter(|tp| facts.heads % tp == 0) {
+        for tp in [1, 2, 4].into_iter().filter(|tp| facts.heads.is_multiple_of(*tp)) {
             for text in [
                 format!("rotate{{tp={tp}}}"),
                 format!("affine{{epochs=1,batch=2,tp={tp}}}"),

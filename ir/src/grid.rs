@@ -184,7 +184,7 @@ fn pow_norm(x: f32) -> f32 {
         -0.146_203_53,
     ];
     const EXP2: [f32; 6] =
-        [1.000_000_1, 0.693_147_2, 0.240_221_07, 0.055_503_27, 0.009_676_037, 0.001_340_043_3];
+        [1.000_000_1, std::f32::consts::LN_2, 0.240_221_07, 0.055_503_27, 0.009_676_037, 0.001_340_043_3];
     // Adding and taking away 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
     const ROUND: f32 = 12_582_912.0;
     const SQRT_HALF: u32 = 0x3f35_04f3;

@@ -61,7 +61,7 @@ pub fn invert(m: &mut [f64], n: usize) {
         let size = |r: &usize| m[r * n + c].abs();
         // The first of the largest: a tie is settled by the row.
         let pivot = (c..n).fold(c, |best, r| if size(&r) > size(&best) { r } else { best });
-        if !(m[pivot * n + c].abs() > 0.0) {
+        if m[pivot * n + c].abs().partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater) {
             m.fill(f64::NAN);
             return;
         }

@@ -184,6 +184,6 @@ mod tests {
                 dequantize(quantize(x, q, spec), q)
             })
             .collect();
-        assert_eq!(out, [0.800_000_07, -1.066_666_7]);
+        assert_eq!(out, [0.800_000_1, -1.066_666_7]);
     }
 }

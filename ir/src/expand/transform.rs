@@ -51,7 +51,7 @@ pub(super) fn hadamard(
     while inner < block / k {
         // A Kronecker factor of up to 16.
         let size = (block / k / inner).min(16);
-        let sign = |i: u64, j: u64| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = |i: u64, j: u64| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
         let data: Vec<f64> = (0..size * size).map(|at| sign(at / size, at % size)).collect();
         let m = b.literal(&[size, size], &data);
         x = mode_mul(b, inner, x, m)?;

@@ -9,7 +9,7 @@ use super::simd::{Isa, Kernel, Lanes};
 /// Queries that are worked on at a time: hidden keys beyond the last of them are not touched.
 const BLOCK: usize = 128;
 
-/// Gradients of [`super::attention`] with respect to `q`, `k` and `v`, given that of its output, `dy`. All are dense:
+/// Gradients of [`super::attention()`] with respect to `q`, `k` and `v`, given that of its output, `dy`. All are dense:
 /// `[batch, seq, heads * head_dim]`, or `[batch, past + seq, kv_heads * head_dim]`.
 ///
 /// A key head and the query heads that share it are one task; these add to its gradient in their order.

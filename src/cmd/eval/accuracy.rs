@@ -49,7 +49,7 @@ pub(super) fn run(args: &EvalArgs, task: &Task, ui: &Ui) -> Result<(), Failure> 
         )
         .hint("put the template into chat_template.jinja beside tokenizer.json"));
     }
-    let ask = |q: &Question| tokenizer.encode_chat(&[Message::new("user", &q.prompt())], true);
+    let ask = |q: &Question| tokenizer.encode_chat(&[Message::new("user", q.prompt())], true);
     let prompts: Vec<Vec<u32>> = questions.iter().map(ask).collect::<Result<_, _>>()?;
     let output = args.accuracy.output.as_deref().map(Output::create).transpose()?;
     let session = Session::load(&engine, &model.module, &*model.weights)?;

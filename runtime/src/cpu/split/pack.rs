@@ -121,7 +121,8 @@ impl<const PAIRED: bool> Kernel for ByColumns<'_, PAIRED> {
             let (high, low) = out.split_at_mut(STEP / 2);
             // Two inner elements of each row in 32 bits.
             let mut pairs = [[[0u32; BLOCK]; DEPTH / 2]; 2];
-            for p in 0..DEPTH / 2 {
+            let [highs, lows] = &mut pairs;
+            for (p, (high, low)) in highs.iter_mut().zip(lows).enumerate() {
                 let mut lines = [[0.0f32; BLOCK]; 2];
                 for (e, line) in lines.iter_mut().enumerate() {
                     let i = step * DEPTH + 2 * p + e;
@@ -131,8 +132,8 @@ impl<const PAIRED: bool> Kernel for ByColumns<'_, PAIRED> {
                 }
                 for r in 0..BLOCK {
                     let ((a, a_low), (b, b_low)) = (parts(lines[0][r]), parts(lines[1][r]));
-                    pairs[0][p][r] = a | b << 16;
-                    pairs[1][p][r] = a_low | b_low << 16;
+                    high[r] = a | b << 16;
+                    low[r] = a_low | b_low << 16;
                 }
             }
             for (part, pairs) in [high, low].into_iter().zip(&pairs) {
