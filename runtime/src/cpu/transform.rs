@@ -245,7 +245,7 @@ mod tests {
         // `y = x (coreᵀ ⊗ W)`; `W` is symmetric.
         let at = |i: usize, j: usize| {
             let (i, j) = if inverse { (j, i) } else { (i, j) };
-            let sign = if (i % run & j % run).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+            let sign = if ((i % run) & (j % run)).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
             f64::from(core[j / run * k + i / run]) * sign
         };
         (0..block)
