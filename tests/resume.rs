@@ -35,15 +35,16 @@ fn compile(dir: &Path, pass: &str, threads: &str) -> Vec<String> {
 
 #[test]
 fn killed_at_any_layer_the_bytes_are_the_same() {
-    killed(AWQ);
+    // A kept step and its stream are two files; the stream of the layer before goes away.
+    killed(AWQ, &[2, 4, 6, 8]);
 }
 
 #[test]
 fn killed_at_any_layer_of_gptq_the_bytes_are_the_same() {
-    killed(GPTQ);
+    killed(GPTQ, &[2, 3, 4]);
 }
 
-fn killed(pass: &str) {
+fn killed(pass: &str, waits: &[usize]) {
     let clean = tempfile::tempdir().unwrap();
     let args = compile(clean.path(), pass, "2");
     let want = snapshot(&clean.path().join("out"));
@@ -52,8 +53,7 @@ fn killed(pass: &str) {
     let dir = tempfile::tempdir().unwrap();
     let refs: Vec<&str> = args.iter().map(String::as_str).collect();
     let mut finished: Vec<(String, SystemTime)> = Vec::new();
-    // A kept step and its stream are two files; the stream of the layer before goes away.
-    for wait_for in [2usize, 4, 6, 8] {
+    for &wait_for in waits {
         let mut child = qrmc(dir.path(), &refs).stdout(std::process::Stdio::null()).spawn().unwrap();
         let start = Instant::now();
         while steps(dir.path()).len() < wait_for && start.elapsed() < Duration::from_secs(120) {
