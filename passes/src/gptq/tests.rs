@@ -195,13 +195,8 @@ fn factors_and_losses_of_large_matrices() {
     let u = gram.upper(0, n);
     // Uᵀ U (H + damping) is the identity.
     let mut left = vec![0.0; n * n];
-    linalg::add_product(
-        linalg::MatView::new(&u, n, n, n).t(),
-        linalg::MatView::new(&u, n, n, n),
-        1.0,
-        &mut left,
-        n,
-    );
+    let upper = linalg::MatView::new(&u, n, n, n);
+    linalg::add_product(upper.t(), upper, 1.0, &mut left, n);
     let damped: Vec<f64> = (0..n * n)
         .map(|e| h[order[e / n] * n + order[e % n]] + if e / n == e % n { 0.25 } else { 0.0 })
         .collect();
