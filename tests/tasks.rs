@@ -170,6 +170,7 @@ fn calibration_text_that_does_not_fit() {
         ("empty.txt", &[][..], 1, &["token", "longer text"][..]),
         ("empty.jsonl", &[], 1, &["no rows"]),
         ("one.txt", &[], 1, &["too few"]),
+        ("one.txt", &["--sampling", "documents"], 1, &["window", "2 tokens"]),
         ("one.txt", &["--sampling", "packed"], 1, &["one document", "--sampling random"]),
         ("empty.txt", &["--sampling", "packed"], 1, &["one document"]),
         ("pile", &["--seqlen", "513"], 2, &["--seqlen 513", "512"]),

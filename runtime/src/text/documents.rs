@@ -71,7 +71,7 @@ pub struct Documents {
 /// The tokenizer adds to each document what it adds to a text, such as BOS.
 ///
 /// # Errors
-/// If there is no window, or only windows of one token.
+/// If there is no window, or none has two tokens of text.
 pub fn document_windows(
     documents: &[&str],
     tokenizer: &Tokenizer,
@@ -83,7 +83,7 @@ pub fn document_windows(
         .map_err(|_| fault(format!("{} documents are too many to shuffle", documents.len()), "give fewer"))?;
     let mut out = Documents::default();
     let mut stream: Vec<u32> = Vec::new();
-    let (_, suffix) = tokenizer.added_ids();
+    let (prefix, suffix) = tokenizer.added_ids();
     for (looked, &at) in hf_permutation(SHUFFLE_SEED, n).iter().enumerate() {
         let full = match pick {
             Pick::Packed => out.used == count,
@@ -121,7 +121,8 @@ pub fn document_windows(
         out.tail = stream.len() % seqlen.max(1);
         out.windows = stream.chunks_exact(seqlen.max(1)).map(<[u32]>::to_vec).collect();
     }
-    if out.windows.iter().any(|w| w.len() > 1) {
+    let least = if pick == Pick::Packed { 2 } else { prefix.len() + suffix.len() + 2 };
+    if out.windows.iter().any(|w| w.len() >= least) {
         return Ok(out);
     }
     let (looked, long) = (out.lengths.len(), out.too_long.documents);
@@ -142,7 +143,7 @@ pub fn document_windows(
             "give other text, more --nsamples, or another --seqlen",
         ),
         Pick::Truncated => fault(
-            format!("the first {looked} documents have no window of 2 tokens"),
+            format!("the first {looked} documents give no window with 2 tokens of text"),
             "give text with longer documents, or a longer --seqlen",
         ),
     })
@@ -226,7 +227,7 @@ mod tests {
             (vec!["a b c d e f g h"], Pick::Packed, "one document of"),
             (vec!["a b c d e f g h", "a b c d e f g h i"], Pick::Packed, "2 have more than 4 tokens"),
             (vec!["a", "b"], Pick::Packed, "make 4 together"),
-            (vec!["", ""], Pick::Truncated, "no window of 2 tokens"),
+            (vec!["a", ""], Pick::Truncated, "no window with 2 tokens"),
             (vec![], Pick::Packed, "of 0 documents"),
         ] {
             let texts: Vec<String> = texts.into_iter().map(str::to_owned).collect();
