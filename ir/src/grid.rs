@@ -31,25 +31,40 @@ struct Range {
 }
 
 impl Range {
+    /// Two passes of comparisons: these become vector instructions, which [`f32::min`] and two results at a time do not.
+    /// What is no number is left out.
     #[inline(always)]
     fn of(data: &[f32]) -> Self {
-        const LANES: usize = 16;
         if data.is_empty() {
             return Range { min: 0.0, max: 0.0 };
         }
-        let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        Range { min: -Range::most::<true>(data), max: Range::most::<false>(data) }
+    }
+
+    /// The largest of the elements, or of their opposites.
+    #[inline(always)]
+    fn most<const OPPOSITE: bool>(data: &[f32]) -> f32 {
+        const LANES: usize = 32;
+        let mut acc = [f32::NEG_INFINITY; LANES];
         let (chunks, rest) = data.as_chunks::<LANES>();
         for x in chunks {
             for i in 0..LANES {
-                min[i] = min[i].min(x[i]);
-                max[i] = max[i].max(x[i]);
+                let x = if OPPOSITE { -x[i] } else { x[i] };
+                acc[i] = if x > acc[i] { x } else { acc[i] };
             }
         }
-        for (i, &x) in rest.iter().enumerate() {
-            min[i] = min[i].min(x);
-            max[i] = max[i].max(x);
+        for i in 0..rest.len() {
+            let x = if OPPOSITE { -rest[i] } else { rest[i] };
+            acc[i] = if x > acc[i] { x } else { acc[i] };
         }
-        Range { min: min.into_iter().fold(min[0], f32::min), max: max.into_iter().fold(max[0], f32::max) }
+        let mut width = LANES / 2;
+        while width > 0 {
+            for i in 0..width {
+                acc[i] = if acc[i + width] > acc[i] { acc[i + width] } else { acc[i] };
+            }
+            width /= 2;
+        }
+        acc[0]
     }
 
     fn with_zero(self) -> Self {
@@ -146,10 +161,11 @@ fn mse(data: &[f32], range: Range, spec: QuantSpec) -> (QParam, u32) {
     (best.0, best.1)
 }
 
-/// `sum |snap(x) - x|^2.4`, in sixteen partial sums, so that the order of additions is the same at every vector width.
+/// `sum |snap(x) - x|^2.4`, in partial sums, so that the order of additions is the same at every vector width; four
+/// vectors of them, since one waits for its chain of operations.
 #[inline(always)]
 fn mse_error(data: &[f32], q: QParam, spec: QuantSpec) -> f32 {
-    const LANES: usize = 16;
+    const LANES: usize = 64;
     let mut sums = [0.0f32; LANES];
     let (chunks, rest) = data.as_chunks::<LANES>();
     for x in chunks {

@@ -13,9 +13,26 @@ pub struct FakeGrad {
     pub lo: f64,
 }
 
+/// Partial sums, and elements that loops take at a time: plain loops over arrays, which vectorize where closures and
+/// zipped chunks do not.
+const LANES: usize = 16;
+
 /// Place of the first element that equals `x`.
+#[inline(always)]
 fn place(data: &[f32], x: f32) -> usize {
-    data.iter().position(|v| *v == x).unwrap_or(0)
+    let (chunks, _) = data.as_chunks::<LANES>();
+    let mut from = 0;
+    for c in chunks {
+        let mut hits = 0u32;
+        for v in c {
+            hits |= u32::from(*v == x);
+        }
+        if hits != 0 {
+            break;
+        }
+        from += LANES;
+    }
+    data[from..].iter().position(|v| *v == x).map_or(0, |i| from + i)
 }
 
 /// Gradient of [`super::fake_run`] on one run: writes `dx`, gives the gradients of the factors.
@@ -31,25 +48,42 @@ pub fn fake_grad_run(
     (hi, lo): (f32, f32),
     dx: &mut [f32],
 ) -> FakeGrad {
-    const LANES: usize = 16;
     let q = qparam_scaled(x, spec, rule, hi, lo);
     let (zero, qmin, qmax) = (q.zero as f32, spec.qmin() as f32, spec.qmax() as f32);
     let mut sums = [0.0f32; LANES];
-    for ((x, dy), dx) in x.chunks(LANES).zip(dy.chunks(LANES)).zip(dx.chunks_mut(LANES)) {
-        for (((sum, &x), &dy), dx) in sums.iter_mut().zip(x).zip(dy).zip(dx) {
-            let t = x / q.scale;
+    let (xs, dys) = (x.as_chunks::<LANES>(), dy.as_chunks::<LANES>());
+    let (dxs, dx_rest) = dx.as_chunks_mut::<LANES>();
+    for ((x, dy), dx) in xs.0.iter().zip(dys.0).zip(dxs) {
+        for i in 0..LANES {
+            let t = x[i] / q.scale;
             let code = t.round_ties_even() + zero;
-            let kept = code.clamp(qmin, qmax);
+            let kept = clamped(code, qmin, qmax);
             let inside = if kept == code { 1.0 } else { 0.0 };
-            *dx = inside * dy;
-            *sum += dy * (kept - zero - inside * t);
+            dx[i] = inside * dy[i];
+            sums[i] += dy[i] * (kept - zero - inside * t);
         }
+    }
+    for i in 0..dx_rest.len() {
+        let t = xs.1[i] / q.scale;
+        let code = t.round_ties_even() + zero;
+        let kept = clamped(code, qmin, qmax);
+        let inside = if kept == code { 1.0 } else { 0.0 };
+        dx_rest[i] = inside * dys.1[i];
+        sums[i] += dys.1[i] * (kept - zero - inside * t);
     }
     let ds = sums.iter().map(|s| f64::from(*s)).sum::<f64>();
     ends(x, spec, rule, (hi, lo), ds / f64::from(steps(spec)), dx)
 }
 
+/// `x` within bounds, NaN as it is, without the check of the bounds that [`f32::clamp`] makes.
+#[inline(always)]
+fn clamped(x: f32, low: f32, high: f32) -> f32 {
+    let x = if x < low { low } else { x };
+    if x > high { high } else { x }
+}
+
 /// Spreads the gradient of the range's width (or magnitude) over its ends.
+#[inline(always)]
 fn ends(
     x: &[f32],
     spec: QuantSpec,
@@ -83,25 +117,37 @@ fn ends(
 /// Gradient of [`super::clip_range_run`] on one run: writes `dx`, gives the gradients of the factors.
 #[inline(always)]
 pub fn clip_range_grad_run(x: &[f32], dy: &[f32], (hi, lo): (f32, f32), dx: &mut [f32]) -> FakeGrad {
-    const LANES: usize = 16;
     let r = Range::of(x);
     let (low, high) = (lo * r.min, hi * r.max);
     let (mut above, mut below) = ([0.0f32; LANES], [0.0f32; LANES]);
-    for ((x, dy), dx) in x.chunks(LANES).zip(dy.chunks(LANES)).zip(dx.chunks_mut(LANES)) {
-        for (i, ((&x, &dy), dx)) in x.iter().zip(dy).zip(dx).enumerate() {
-            // The upper limit is applied last, so it wins where the limits cross.
-            let over = x.max(low) > high;
-            let under = x < low && !over;
-            *dx = if over || under { 0.0 } else { dy };
-            above[i] += if over { dy } else { 0.0 };
-            below[i] += if under { dy } else { 0.0 };
+    let (xs, dys) = (x.as_chunks::<LANES>(), dy.as_chunks::<LANES>());
+    let (dxs, dx_rest) = dx.as_chunks_mut::<LANES>();
+    for ((x, dy), dx) in xs.0.iter().zip(dys.0).zip(dxs) {
+        for i in 0..LANES {
+            let (over, under) = outside(x[i], low, high);
+            dx[i] = if over | under { 0.0 } else { dy[i] };
+            above[i] += if over { dy[i] } else { 0.0 };
+            below[i] += if under { dy[i] } else { 0.0 };
         }
+    }
+    for i in 0..dx_rest.len() {
+        let (over, under) = outside(xs.1[i], low, high);
+        dx_rest[i] = if over | under { 0.0 } else { dys.1[i] };
+        above[i] += if over { dys.1[i] } else { 0.0 };
+        below[i] += if under { dys.1[i] } else { 0.0 };
     }
     let sum = |v: &[f32; LANES]| v.iter().map(|s| f64::from(*s)).sum::<f64>();
     let (d_high, d_low) = (sum(&above), sum(&below));
     dx[place(x, r.max)] += (d_high * f64::from(hi)) as f32;
     dx[place(x, r.min)] += (d_low * f64::from(lo)) as f32;
     FakeGrad { hi: d_high * f64::from(r.max), lo: d_low * f64::from(r.min) }
+}
+
+/// Whether `x` is limited from above, or from below: the upper limit is applied last, so it wins where they cross.
+#[inline(always)]
+fn outside(x: f32, low: f32, high: f32) -> (bool, bool) {
+    let over = x.max(low) > high;
+    (over, (x < low) & !over)
 }
 
 #[cfg(test)]
