@@ -1,9 +1,10 @@
 //! Engine and interpreter against values that transformers computed.
 
-use qrmc_ir::{Engine, interp};
+use qrmc_ir::{Builder, Dim, Elem, Engine, ModelFacts, Module, Op, Tensor, TensorType, ValueId, interp};
+use qrmc_lowering::{Cpu, Kernel, lower_func};
 use qrmc_runtime::engine::CpuEngine;
 
-use crate::support::{FIXTURES, Reference, gap, import, main_args};
+use crate::support::{FIXTURES, Reference, Stored, gap, import, main_args};
 
 #[test]
 fn fixtures_match_transformers() {
@@ -26,11 +27,11 @@ fn fixtures_match_transformers() {
     }
 }
 
-fn last_rows(t: &qrmc_ir::Tensor, rows: usize, width: usize) -> qrmc_ir::Tensor {
+fn last_rows(t: &Tensor, rows: usize, width: usize) -> Tensor {
     let (b, s) = (t.shape()[0], t.shape()[1]);
     let data = t.as_f32().unwrap();
     let cut = (0..b).flat_map(|i| data[(i * s + s - rows) * width..(i + 1) * s * width].to_vec()).collect();
-    qrmc_ir::Tensor::f32([b, rows, width], cut)
+    Tensor::f32([b, rows, width], cut)
 }
 
 #[test]
@@ -65,8 +66,8 @@ fn named_values_match_transformers() {
         let x = reference.get("hidden.0");
         let width = (model.module.facts.kv_heads * model.module.facts.head_dim) as usize;
         let s = x.shape()[1];
-        let empty = qrmc_ir::Tensor::zeros([1, 0, width]);
-        let args = [x, qrmc_ir::Tensor::i32([s], (0..s as i32).collect()), empty.clone(), empty];
+        let empty = Tensor::zeros([1, 0, width]);
+        let args = [x, Tensor::i32([s], (0..s as i32).collect()), empty.clone(), empty];
         let probes =
             [("attn_in", "L0.attn_in"), ("o_in", "L0.o_in"), ("mlp_in", "L0.mlp_in"), ("y", "hidden.1")];
         let wanted: Vec<_> = probes.iter().map(|(v, _)| layer.find(v).unwrap()).collect();
@@ -90,4 +91,70 @@ fn thread_count_does_not_show() {
     };
     assert_eq!(run(1), run(2));
     assert_eq!(run(2), run(3));
+}
+
+/// Runs a function of tensors of these shapes on the engine and in the interpreter, and compares; the program's kernels
+/// are all of this kind.
+fn fused(
+    shapes: &[&[usize]],
+    fits: fn(&Kernel) -> bool,
+    build: impl Fn(&mut Builder<'_>, &[ValueId]) -> Vec<ValueId>,
+) {
+    let module = Module::new(ModelFacts::default());
+    let dims = |s: &[usize]| s.iter().map(|&n| Dim::from(n)).collect::<Vec<_>>();
+    let mut b = Builder::new(&module, "fused");
+    let params: Vec<ValueId> =
+        shapes.iter().map(|s| b.param(None, TensorType::new(Elem::F32, dims(s)))).collect();
+    let results = build(&mut b, &params);
+    let f = b.finish(&results);
+    let program = lower_func(&module, &f, &Cpu).unwrap();
+    assert!(program.steps.iter().all(|s| fits(&s.kernel)), "{program}");
+    let args: Vec<Tensor> = shapes
+        .iter()
+        .map(|s| {
+            let data = (0..s.iter().product()).map(|i: usize| ((i * 37 % 101) as f32 - 50.0) / 49.0);
+            Tensor::f32(s.to_vec(), data.collect())
+        })
+        .collect();
+    let want = interp::run(&module, &f, &Stored::default(), &args, &f.results).unwrap();
+    let refs: Vec<_> = args.iter().collect();
+    let have = CpuEngine::new(2).unwrap().run(&module, &f, &Stored::default(), &refs).unwrap();
+    for (h, w) in have.iter().zip(&want) {
+        let (diff, size) = gap(h, w);
+        assert!(diff <= 1e-5 * size, "{shapes:?}: off by {diff} of {size}");
+    }
+}
+
+#[test]
+fn products_of_bfloat16_are_one_kernel() {
+    // Rows enough for the matrix unit, and too few for it.
+    for rows in [130, 3] {
+        fused(
+            &[&[rows, 70], &[33, 70], &[rows, 33]],
+            |k| matches!(k, Kernel::Bf16(_)),
+            |b, params| {
+                let half: Vec<_> =
+                    params.iter().map(|&p| b.op1(Op::Cast(Elem::BF16), &[p]).unwrap()).collect();
+                let wide: Vec<_> = half.iter().map(|&p| b.op1(Op::Cast(Elem::F32), &[p]).unwrap()).collect();
+                vec![
+                    b.op1(Op::MatMul { trans_b: true }, &[wide[0], wide[1]]).unwrap(),
+                    b.op1(Op::MatMul { trans_b: false }, &[wide[2], wide[1]]).unwrap(),
+                    b.op1(Op::Outer, &[wide[0], wide[2]]).unwrap(),
+                ]
+            },
+        );
+    }
+}
+
+#[test]
+fn products_over_the_middle_move_no_axes() {
+    fused(
+        &[&[3, 5, 9, 17], &[3, 5, 6, 17]],
+        |k| *k == Kernel::OuterMiddle,
+        |b, params| {
+            let turned: Vec<_> =
+                params.iter().map(|&p| b.op1(Op::Transpose(vec![0, 1, 3, 2]), &[p]).unwrap()).collect();
+            vec![b.op1(Op::Outer, &turned).unwrap()]
+        },
+    );
 }

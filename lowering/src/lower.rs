@@ -1,6 +1,8 @@
 //! Functions become programs: large operations stay or expand as the target says, weight-derived values move into
 //! an initialiser, epilogues fuse, and values share buffers.
 
+mod fuse;
+
 use std::collections::HashMap;
 
 use qrmc_ir::{
@@ -31,6 +33,7 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
     let derived = legal.weight_derived();
     // Without parameters there is nothing to prepare for: all of it runs once.
     let hoist = !legal.params.is_empty();
+    let absorbed = fuse::absorbed(&legal);
     let mut l = Lowering {
         func: &legal,
         derived: if hoist { derived } else { vec![false; legal.value_count()] },
@@ -47,7 +50,8 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
             steps: Vec::new(),
             results: Vec::new(),
         },
-        plan: Plan::of(&legal),
+        plan: Plan::of(&legal, &absorbed),
+        absorbed,
     };
     l.program.weights = l.weights.iter().map(|(_, ty)| ty.clone()).collect();
     l.run();
@@ -148,34 +152,6 @@ fn legalize(module: &Module, func: &Func, target: &dyn Target) -> Result<Func, D
     }
 }
 
-/// The `silu` and the other factor of a product that is one kernel: of one type, and the `silu` is read by it alone.
-fn silu_product(func: &Func, node: &Node, users: &[Vec<usize>]) -> Option<(ValueId, ValueId)> {
-    let [a, b] = node.ins[..] else { return None };
-    let fits = |gate: ValueId, up: ValueId| {
-        let silu = func.def_node(gate).is_some_and(|n| n.op == Op::Silu);
-        let alone = users[gate.0 as usize].len() == 1 && !func.results.contains(&gate);
-        silu && alone && gate != up && func.ty(gate) == func.ty(up)
-    };
-    if fits(a, b) {
-        Some((a, b))
-    } else if fits(b, a) {
-        Some((b, a))
-    } else {
-        None
-    }
-}
-
-/// Whether a `silu` is computed where its product is.
-fn is_fused_silu(func: &Func, node: &Node, users: &[Vec<usize>]) -> bool {
-    if node.op != Op::Silu {
-        return false;
-    }
-    let [user] = users[node.outs[0].0 as usize][..] else { return false };
-    let user = &func.nodes[user];
-    let mul = user.op == Op::Binary(qrmc_ir::BinaryOp::Mul);
-    mul && silu_product(func, user, users).is_some_and(|(gate, _)| gate == node.outs[0])
-}
-
 /// When buffers are free: for each value, the last node that reads it, and the value whose buffer it shares.
 struct Plan {
     last_use: Vec<usize>,
@@ -183,7 +159,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(func: &Func) -> Self {
+    fn of(func: &Func, absorbed: &[Option<usize>]) -> Self {
         let mut alias: Vec<ValueId> = func.value_ids().collect();
         for node in func.nodes.iter().filter(|n| matches!(n.op, Op::Reshape(_))) {
             alias[node.outs[0].0 as usize] = alias[node.ins[0].0 as usize];
@@ -194,12 +170,12 @@ impl Plan {
                 last_use[alias[v.0 as usize].0 as usize] = n;
             }
         }
-        // The operand of a `silu` that runs with its product is read there.
-        let users = func.users();
-        for node in func.nodes.iter().filter(|n| is_fused_silu(func, n, &users)) {
-            let at = users[node.outs[0].0 as usize][0];
-            let last = &mut last_use[alias[node.ins[0].0 as usize].0 as usize];
-            *last = (*last).max(at);
+        // What an absorbed node reads is read where its result is.
+        for (n, node) in func.nodes.iter().enumerate() {
+            for v in node.ins.iter().filter(|_| absorbed[n].is_some()) {
+                let last = &mut last_use[alias[v.0 as usize].0 as usize];
+                *last = (*last).max(absorbed[n].unwrap_or(0));
+            }
         }
         for r in &func.results {
             last_use[alias[r.0 as usize].0 as usize] = usize::MAX;
@@ -210,6 +186,7 @@ impl Plan {
 
 struct Lowering<'a> {
     func: &'a Func,
+    absorbed: Vec<Option<usize>>,
     derived: Vec<bool>,
     args: HashMap<ValueId, Arg>,
     weights: Vec<(qrmc_ir::WeightId, TensorType)>,
@@ -229,7 +206,7 @@ impl Lowering<'_> {
         let mut busy: Vec<Option<usize>> = Vec::new();
         for (n, node) in func.nodes.iter().enumerate() {
             let constant = matches!(node.op, Op::Weight(_)) || self.derived[node.outs[0].0 as usize];
-            if done[n] || constant || is_fused_silu(func, node, &users) {
+            if done[n] || constant || self.absorbed[n].is_some() {
                 continue;
             }
             if matches!(node.op, Op::Reshape(_)) {
@@ -259,7 +236,7 @@ impl Lowering<'_> {
         self.program.results = results.iter().map(|&r| (self.arg(r), func.ty(r).clone())).collect();
     }
 
-    /// Recognises `linear`, `linear + bias` and `silu * up`; marks the nodes that the kernel takes over.
+    /// Recognises `linear`, `linear + bias`, `silu * up` and products of bfloat16; marks the nodes that the kernel takes over.
     fn fuse(
         &self,
         kernel: Kernel,
@@ -276,7 +253,9 @@ impl Lowering<'_> {
         };
         match kernel {
             Kernel::Op(Op::MatMul { trans_b: true })
-                if self.is_const(ins[1]) && func.ty(ins[1]).shape.rank() == 2 =>
+                if self.is_const(ins[1])
+                    && func.ty(ins[1]).shape.rank() == 2
+                    && fuse::bf16_factors(func, &func.nodes[at]).is_none() =>
             {
                 if let Some((n, next)) = only_user(outs[0]) {
                     let other = next.ins.iter().find(|v| **v != outs[0]).copied();
@@ -290,10 +269,21 @@ impl Lowering<'_> {
                 (Kernel::Linear, outs)
             }
             Kernel::Op(Op::Binary(qrmc_ir::BinaryOp::Mul)) => {
-                if let Some((gate, up)) = silu_product(func, &func.nodes[at], users) {
+                if let Some((gate, up)) = fuse::silu_product(func, &func.nodes[at], users) {
                     *ins = vec![func.def_node(gate).map_or(gate, |n| n.ins[0]), up];
                     return (Kernel::SiluMul, outs);
                 }
+                (kernel, outs)
+            }
+            Kernel::Op(op @ (Op::MatMul { .. } | Op::Outer)) => {
+                let node = &func.nodes[at];
+                let (kernel, factors) =
+                    match (fuse::swapped_factors(func, node), fuse::bf16_factors(func, node)) {
+                        (Some(factors), _) => (Kernel::OuterMiddle, factors),
+                        (None, Some(factors)) => (Kernel::Bf16(op), factors),
+                        (None, None) => return (Kernel::Op(op), outs),
+                    };
+                *ins = factors.to_vec();
                 (kernel, outs)
             }
             _ => (kernel, outs),

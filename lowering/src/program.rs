@@ -40,6 +40,10 @@ pub enum Kernel {
     Linear,
     /// `gate, up -> silu(gate) * up`
     SiluMul,
+    /// `a[.., m, c], b[.., n, c] -> [m, n]`: `outer` of two operands whose last axes are swapped first.
+    OuterMiddle,
+    /// A product, `matmul` or `outer`, of factors that are rounded to bfloat16 first.
+    Bf16(Op),
     /// Any operation as it stands in the IR.
     Op(Op),
 }
@@ -49,7 +53,11 @@ impl fmt::Display for Kernel {
         match self {
             Kernel::Linear => f.write_str("linear"),
             Kernel::SiluMul => f.write_str("silu_mul"),
-            Kernel::Op(op) => {
+            Kernel::OuterMiddle => f.write_str("outer_middle"),
+            Kernel::Bf16(op) | Kernel::Op(op) => {
+                if matches!(self, Kernel::Bf16(_)) {
+                    f.write_str("bf16 ")?;
+                }
                 let (word, attrs) = op.text();
                 f.write_str(word)?;
                 if !attrs.is_empty() {

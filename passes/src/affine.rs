@@ -34,6 +34,35 @@ impl std::fmt::Display for Form {
 
 word_option!(Form, "direct or svd", "direct" => Form::Direct, "svd" => Form::Svd);
 
+/// Products of matrices in the steps of training, on a machine with a matrix unit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Products {
+    /// As everywhere else.
+    F32,
+    /// The engine's coarse ones.
+    Split,
+    /// The engine's coarse ones, and gradients of linear layers from factors rounded to bfloat16.
+    Bf16,
+}
+
+impl std::fmt::Display for Products {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Products::F32 => "f32",
+            Products::Split => "split",
+            Products::Bf16 => "bf16",
+        })
+    }
+}
+
+word_option!(
+    Products,
+    "bf16, split or f32",
+    "bf16" => Products::Bf16,
+    "split" => Products::Split,
+    "f32" => Products::F32
+);
+
 options! {
     /// Options of `affine`.
     struct AffineOptions {
@@ -61,8 +90,8 @@ options! {
         seed: u32 = 0,
         /// move what needs not stay online into weights (the published code's reparameterization)
         fold: bool = true,
-        /// use the engine's coarse products (2^-15) in training where it has some
-        coarse: bool = true,
+        /// on a machine with a matrix unit: split products (2^-15), these with gradients from bf16 factors, or all in f32
+        products: Products = Products::Bf16,
         /// ranks of tensor parallelism: no transform mixes channels of two ranks
         tp: u32 = 1,
         /// layers that stay as they are

@@ -11,12 +11,20 @@ use qrmc_ir::{BinaryOp, Builder, Diag, Func, Module, Op, ValueId, expand};
 
 use crate::scale::measure::inline;
 
+/// How gradients are computed.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct GradOptions {
+    /// The factors of a linear layer's gradients are rounded to bfloat16; their sums are not. Mixed precision, as the
+    /// originals of trained methods offer it.
+    pub(crate) bf16: bool,
+}
+
 /// The function `params -> results.., gradients..`: the results of `func`, then the gradient of its first result, which is
 /// one number, with respect to each of the parameters at these places.
 ///
 /// # Errors
 /// If an operation between them has no gradient (`Q0608`), or the first result is not one number.
-pub(crate) fn grad(module: &Module, func: &Func, wrt: &[usize]) -> Result<Func, Diag> {
+pub(crate) fn grad(module: &Module, func: &Func, wrt: &[usize], o: &GradOptions) -> Result<Func, Diag> {
     let flat = differentiable(module, func)?;
     let mut b = Builder::new(module, &format!("{}.grad", func.name));
     let params: Vec<ValueId> =
@@ -47,7 +55,7 @@ pub(crate) fn grad(module: &Module, func: &Func, wrt: &[usize]) -> Result<Func, 
         let ins: Vec<ValueId> = node.ins.iter().map(|v| values[v]).collect();
         let outs: Vec<ValueId> = node.outs.iter().map(|v| values[v]).collect();
         let wanted: Vec<bool> = node.ins.iter().map(|v| reach[v.0 as usize]).collect();
-        let back = rules::back(&mut b, &node.op, &ins, &outs, dy, &wanted).map_err(|d| {
+        let back = rules::back(&mut b, o, &node.op, &ins, &outs, dy, &wanted).map_err(|d| {
             d.at(qrmc_ir::Place { func: Some(func.name.clone()), ..qrmc_ir::Place::default() })
         })?;
         for ((v, d), _) in node.ins.iter().zip(back).zip(&wanted).filter(|(_, w)| **w) {

@@ -284,22 +284,111 @@ fn rows_and_elements(pool: &Pool, isa: Isa) {
     report(pool, "rows and elements, 8192 x 576 (read and written bytes)", cases);
 }
 
+/// What the training of a layer runs: [4, 512] positions of a model of width 576.
+fn training(pool: &Pool, isa: Isa) {
+    let scratch = &Scratch::new();
+    let (rows, n) = (2048, 576);
+    let mut cases = Vec::new();
+    for (shape, perm) in
+        [(vec![rows, n], vec![1, 0]), (vec![rows, 1536], vec![1, 0]), (vec![4, 512, 9, 64], vec![0, 2, 1, 3])]
+    {
+        let x = noise(shape.iter().product());
+        let mut y = vec![0.0; x.len()];
+        cases.push(case(format!("transpose {shape:?} {perm:?}"), 8.0 * x.len() as f64, "GB/s", move || {
+            transpose(pool, isa, &x, &shape, &perm, &mut y);
+        }));
+    }
+    for (l, inner) in [(24, 24), (32, 48), (64, 64), (80, 112), (9, 64), (64, 1)] {
+        let width = l * inner;
+        let (x, m) = (noise(rows * n / width * width), noise(l * l));
+        let mut y = vec![0.0; x.len()];
+        let work = 2.0 * (x.len() * l) as f64;
+        cases.push(case(format!("mode product {l} x {inner}"), work, "GFLOP/s", move || {
+            mode_mul(pool, isa, &x, width, (&m, l, inner), &mut y);
+        }));
+    }
+    for n in [512, 576, 1536] {
+        let (x, mut y) = (noise(rows * n), vec![0.0; rows * n]);
+        cases.push(case(format!("Hadamard, rows of {n}"), 8.0 * x.len() as f64, "GB/s", move || {
+            hadamard(pool, isa, &x, n, (n, false), None, &mut y, scratch);
+        }));
+    }
+    let s = AttnShape { batch: 4, seq: 512, past: 0, heads: 9, kv_heads: 3, head_dim: 64 };
+    let (q, k, v, dy) = (noise(rows * n), noise(rows * 192), noise(rows * 192), noise(rows * n));
+    let mut outs = [q.clone(), k.clone(), v.clone()];
+    let work = 10.0 * 64.0 * (4 * 9 * 512 * 513 / 2) as f64;
+    cases.push(case("gradient of attention, 4 x 512, 9/3 heads", work, "GFLOP/s", move || {
+        let [dq, dk, dv] = &mut outs;
+        attention_grad(pool, isa, &s, 0.125, [&q, &k, &v, &dy], [dq, dk, dv], scratch);
+    }));
+    let (x, mut y) = (noise(rows * n), vec![0.0; n]);
+    cases.push(case("sum over 2048 positions of 576", 4.0 * x.len() as f64, "GB/s", move || {
+        reduce_middle(pool, isa, reduce::ReduceOp::Sum, &x, (rows, n), &mut y);
+    }));
+    report(pool, "training of a layer", cases);
+}
+
+/// Products of a gradient, exact and in split products.
+fn gradients(pool: &Pool, isa: Isa) {
+    #[cfg(target_arch = "x86_64")]
+    let amx = split::Amx::request();
+    let scratch = &Scratch::new();
+    let mut cases = Vec::new();
+    for (m, k, n, what) in [
+        (2048, 576, 1536, "dX = dY W"),
+        (2048, 1536, 576, "dX = dY W"),
+        (1536, 2048, 576, "dW = dYᵀ X"),
+        (576, 2048, 576, "Gram"),
+        (1536, 2048, 1536, "Gram"),
+    ] {
+        let (a, b) = (noise(m * k), noise(n * k));
+        let work = 2.0 * (m * k * n) as f64;
+        let tokens = what.starts_with("dX");
+        let (x, w, mut y) = (a.clone(), b.clone(), vec![0.0; m * n]);
+        cases.push(case(format!("{what}, {m} x {n} x {k}, f32"), work, "GFLOP/s", move || {
+            let left = if tokens { MatRef::new(&x, m, k) } else { MatRef::new(&x, k, m).t() };
+            match what {
+                "Gram" => gram(pool, MatRef::new(&x, k, m), &mut y),
+                _ => matmul(pool, isa, left, MatRef::new(&w, k, n), &mut y, n),
+            }
+        }));
+        #[cfg(target_arch = "x86_64")]
+        if let Some(amx) = amx {
+            use split::{Operand, Parts};
+            for (parts, name) in [(Parts::Both, "split"), (Parts::High, "bf16")] {
+                let (a, b, mut y) = (a.clone(), b.clone(), vec![0.0; m * n]);
+                cases.push(case(format!("{what}, {m} x {n} x {k}, {name}"), work, "GFLOP/s", move || {
+                    let left = if tokens { Operand::Rows(&a) } else { Operand::Columns(&a) };
+                    let right = if what == "Gram" { left } else { Operand::Columns(&b) };
+                    amx.product(pool, parts, left, right, (m, k, n), &mut y, scratch);
+                }));
+            }
+        }
+    }
+    report(pool, "products of gradients", cases);
+}
+
 fn main() -> Result<(), PoolError> {
     let mut args = std::env::args().skip(1);
     let threads = args.next().and_then(|a| a.parse().ok()).unwrap_or(2);
     let filter = args.next().unwrap_or_default();
+    // The matrix unit is asked for before there are threads.
+    #[cfg(target_arch = "x86_64")]
+    let _ = split::Amx::request();
     let (pool, best) = (Pool::new(threads)?, Isa::detect());
     let wanted = args.next();
     let isa = Isa::available().into_iter().find(|i| wanted.as_deref() == Some(i.name())).unwrap_or(best);
     println!("instructions: {}", isa.name());
     type Group = (&'static str, fn(&Pool, Isa));
-    let groups: [Group; 6] = [
+    let groups: [Group; 8] = [
         ("matmul", matrices),
         ("few", few_rows),
         ("cached", cached_rows),
         ("many", many_rows),
         ("attention", attentions),
         ("elements", rows_and_elements),
+        ("training", training),
+        ("gradients", gradients),
     ];
     for (name, run) in groups {
         if name.contains(&filter) {

@@ -6,11 +6,11 @@ use qrmc_ir::{
 
 use super::init::{CLIP, diagonal, draw};
 use super::insert::{edges, layer as insert, parameters, trained};
-use super::{AffineOptions, Form, find};
+use super::{AffineOptions, Form, Products, find};
 use crate::annotate::{AnnotateOptions, annotate};
 use crate::calibrate::{LayerResult, LayerRun, observe};
 use crate::edges::{linears, role, row_parallel};
-use crate::grad::grad;
+use crate::grad::{GradOptions, grad};
 use crate::options::Group;
 use crate::pass::{PassCx, PassError};
 use crate::place::{PlaceOptions, place};
@@ -37,10 +37,13 @@ pub(super) fn layer(
     let (mut values, next) = start(o, unit, cx, run, before)?;
     let mut student = unit.clone();
     insert(&mut student, run.func, o, &|name| find(&values, name))?;
-    let engine = if o.coarse { cx.engine.coarse().unwrap_or(cx.engine) } else { cx.engine };
+    let coarse = cx.engine.coarse().filter(|_| o.products != Products::F32);
+    let engine = coarse.unwrap_or(cx.engine);
     let steps = Steps::new(o, run.stream, &next)?;
     let mut parameters = Parameters::of(&student, run.func, o, &mut values)?;
-    let (loss, gradient) = functions(&student, run.func, o, &parameters)?;
+    // Where there is no unit for them, products of bfloat16 are the slower ones.
+    let bf16 = coarse.is_some() && o.products == Products::Bf16;
+    let (loss, gradient) = functions(&student, run.func, o, &parameters, bf16)?;
     let loss = engine.prepare(&student.module, &loss, &student.weights)?;
     let gradient = engine.prepare(&student.module, &gradient, &student.weights)?;
     let size: f64 = next.iter().map(|t| t.as_f32().map_or(0.0, squares)).sum();
@@ -217,6 +220,7 @@ fn functions(
     func: FuncId,
     o: &AffineOptions,
     parameters: &Parameters,
+    bf16: bool,
 ) -> Result<(Func, Func), PassError> {
     let m = &unit.module;
     let placed = place(m, m.func(func), &PlaceOptions::default())?;
@@ -262,7 +266,7 @@ fn functions(
     }
     let loss = b.finish(&[sum]);
     let wrt: Vec<usize> = (2..2 + parameters.0.len()).collect();
-    let gradient = grad(m, &loss, &wrt)?;
+    let gradient = grad(m, &loss, &wrt, &GradOptions { bf16 })?;
     Ok((loss, gradient))
 }
 

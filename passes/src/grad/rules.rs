@@ -1,6 +1,8 @@
 //! One rule an operation: the gradients of its operands from that of its result.
 
-use qrmc_ir::{BinaryOp, Builder, Diag, Dim, Op, ReduceOp, Shape, UnaryOp, ValueId};
+use qrmc_ir::{BinaryOp, Builder, Diag, Dim, Elem, Op, ReduceOp, Shape, UnaryOp, ValueId};
+
+use super::GradOptions;
 
 /// Whether an operation is differentiated as it is, not by its definition.
 pub(super) fn has_rule(op: &Op) -> bool {
@@ -12,6 +14,7 @@ type Back = Result<Vec<Option<ValueId>>, Diag>;
 /// Gradients of the operands that are `wanted`; `None` where there is none.
 pub(super) fn back(
     b: &mut Builder<'_>,
+    o: &GradOptions,
     op: &Op,
     ins: &[ValueId],
     outs: &[ValueId],
@@ -24,7 +27,7 @@ pub(super) fn back(
         Op::Unary(u) => Ok(vec![unary(b, *u, ins[0], y, dy)?]),
         Op::Binary(op) => binary(b, *op, ins, y, dy, wanted),
         Op::Reduce(r, axis) => reduce(b, *r, *axis, ins[0], y, dy),
-        Op::MatMul { trans_b } => matmul(b, *trans_b, ins, dy, wanted),
+        Op::MatMul { trans_b } => matmul(b, o, *trans_b, ins, dy, wanted),
         // Numbers are rounded to another type straight through.
         Op::Cast(_) => Ok(vec![if b.ty(ins[0]).elem.is_float() { Some(dy) } else { None }]),
         Op::Reshape(_) => one(b, Op::Reshape(b.ty(ins[0]).shape.clone()), &[dy]),
@@ -41,9 +44,9 @@ pub(super) fn back(
         Op::Hadamard { block, inverse } => hadamard(b, (*block, *inverse), ins, dy, wanted),
         // Rotating by the negative positions turns back.
         Op::Rope(_) => {
-            let at = b.op1(Op::Cast(qrmc_ir::Elem::F32), &[ins[1]])?;
+            let at = b.op1(Op::Cast(Elem::F32), &[ins[1]])?;
             let at = b.op1(Op::Unary(UnaryOp::Neg), &[at])?;
-            let at = b.op1(Op::Cast(qrmc_ir::Elem::I32), &[at])?;
+            let at = b.op1(Op::Cast(Elem::I32), &[at])?;
             let d = b.op1(op.clone(), &[dy, at])?;
             Ok(vec![Some(sum_to(b, d, ins[0])?), None])
         }
@@ -223,12 +226,27 @@ fn swapped(b: &mut Builder<'_>, x: ValueId) -> Result<ValueId, Diag> {
     b.op1(Op::Transpose(perm), &[x])
 }
 
-fn matmul(b: &mut Builder<'_>, trans_b: bool, ins: &[ValueId], dy: ValueId, wanted: &[bool]) -> Back {
-    let (x, w) = (ins[0], ins[1]);
+fn matmul(
+    b: &mut Builder<'_>,
+    o: &GradOptions,
+    trans_b: bool,
+    ins: &[ValueId],
+    dy: ValueId,
+    wanted: &[bool],
+) -> Back {
+    let (mut x, mut w, mut dy) = (ins[0], ins[1], dy);
+    // Rows of tokens times a matrix: the small products that make transforms stay as they are.
+    let floats = [x, w].iter().all(|v| b.ty(*v).elem == Elem::F32);
+    if o.bf16 && floats && b.ty(x).shape.rank() > 2 && b.ty(w).shape.rank() == 2 {
+        for v in [&mut x, &mut w, &mut dy] {
+            let half = b.op1(Op::Cast(Elem::BF16), &[*v])?;
+            *v = b.op1(Op::Cast(Elem::F32), &[half])?;
+        }
+    }
     let mut out = vec![None, None];
     if wanted[0] {
         let d = b.op1(Op::MatMul { trans_b: !trans_b }, &[dy, w])?;
-        out[0] = Some(sum_to(b, d, x)?);
+        out[0] = Some(sum_to(b, d, ins[0])?);
     }
     if wanted[1] {
         // A matrix that serves all rows gets the sum over them.
@@ -239,7 +257,7 @@ fn matmul(b: &mut Builder<'_>, trans_b: bool, ins: &[ValueId], dy: ValueId, want
             let left = swapped(b, left)?;
             b.op1(Op::MatMul { trans_b: false }, &[left, right])?
         };
-        out[1] = Some(sum_to(b, d, w)?);
+        out[1] = Some(sum_to(b, d, ins[1])?);
     }
     Ok(out)
 }

@@ -6,7 +6,7 @@ use qrmc_ir::{
     WeightSource, interp,
 };
 
-use super::grad;
+use super::{GradOptions, grad};
 
 struct NoWeights;
 
@@ -64,7 +64,7 @@ fn check(
         })
         .collect();
     let wrt: Vec<usize> = (0..params.len()).filter(|&i| params[i].0.elem.is_float()).collect();
-    let g = grad(&module, &f, &wrt).unwrap_or_else(|d| panic!("{what}: {d}"));
+    let g = grad(&module, &f, &wrt, &GradOptions::default()).unwrap_or_else(|d| panic!("{what}: {d}"));
     let run = |f: &Func, args: &[Tensor]| interp::run(&module, f, &NoWeights, args, &f.results).unwrap();
     let number = |t: &Tensor, i: usize| match t.data() {
         qrmc_ir::Data::F64(v) => v[i],
@@ -218,12 +218,39 @@ fn rounding_is_straight_through() {
     let loss = b.op1(Op::Reduce(ReduceOp::Sum, 1), &[y]).unwrap();
     let loss = b.op1(Op::Reduce(ReduceOp::Sum, 0), &[loss]).unwrap();
     let f = b.finish(&[loss]);
-    let g = grad(&module, &f, &[0]).unwrap();
+    let g = grad(&module, &f, &[0], &GradOptions::default()).unwrap();
     let x = Tensor::f32([2, 8], noise(9, 16).iter().map(|x| *x as f32).collect());
     let out = interp::run(&module, &g, &NoWeights, &[x], &g.results).unwrap();
     // Every element but the ends of its row has a slope of one.
     let ones = out[1].as_f32().unwrap().iter().filter(|d| **d == 1.0).count();
     assert_eq!(ones, 12, "{:?}", out[1]);
+}
+
+#[test]
+fn factors_of_gradients_of_linear_layers_may_be_rounded() {
+    let module = Module::new(ModelFacts::default());
+    let mut b = Builder::new(&module, "f");
+    let x = b.param(None, TensorType::new(Elem::F32, [2usize, 3, 8]));
+    let w = b.param(None, TensorType::new(Elem::F32, [6usize, 8]));
+    let y = b.op1(Op::MatMul { trans_b: true }, &[x, w]).unwrap();
+    let mut loss = b.binary(BinaryOp::Mul, y, y).unwrap();
+    for axis in [2, 1, 0] {
+        loss = b.op1(Op::Reduce(ReduceOp::Sum, axis), &[loss]).unwrap();
+    }
+    let f = b.finish(&[loss]);
+    let data = |seed, n| -> Vec<f32> { noise(seed, n).iter().map(|x| *x as f32).collect() };
+    let args = [Tensor::f32([2, 3, 8], data(1, 48)), Tensor::f32([6, 8], data(2, 48))];
+    let run = |bf16| {
+        let g = grad(&module, &f, &[0, 1], &GradOptions { bf16 }).unwrap();
+        interp::run(&module, &g, &NoWeights, &args, &g.results).unwrap()
+    };
+    let (exact, coarse) = (run(false), run(true));
+    assert_eq!(exact[0], coarse[0], "the loss itself is not rounded");
+    for (e, c) in exact[1..].iter().zip(&coarse[1..]) {
+        let (e, c) = (e.as_f32().unwrap(), c.as_f32().unwrap());
+        let most = e.iter().fold(0f32, |m, x| m.max(x.abs()));
+        assert!(e != c && e.iter().zip(c).all(|(e, c)| (e - c).abs() <= most / 128.0), "{e:?} {c:?}");
+    }
 }
 
 #[test]
@@ -235,5 +262,5 @@ fn what_has_no_gradient_is_refused() {
     let y = b.op1(Op::Reduce(ReduceOp::Sum, 0), &[g]).unwrap();
     let (vector, scalar) = (b.op1(Op::Reduce(ReduceOp::Sum, 1), &[x]).unwrap(), y);
     let f = b.finish(&[scalar, vector]);
-    assert_eq!(grad(&module, &f, &[0]).unwrap_err().code, "Q0608");
+    assert_eq!(grad(&module, &f, &[0], &GradOptions::default()).unwrap_err().code, "Q0608");
 }

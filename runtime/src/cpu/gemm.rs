@@ -67,6 +67,11 @@ impl<'a, T: Copy> MatRef<'a, T> {
         &self.data[i * self.row_stride..i * self.row_stride + self.cols]
     }
 
+    /// Element `(i, j)`.
+    pub(crate) fn at(&self, i: usize, j: usize) -> T {
+        self.data[i * self.row_stride + j * self.col_stride]
+    }
+
     /// The part of `rows x cols` at `(i, j)`.
     pub(crate) fn part(&self, i: usize, j: usize, rows: usize, cols: usize) -> Self {
         assert!(i + rows <= self.rows && j + cols <= self.cols, "part outside a matrix");

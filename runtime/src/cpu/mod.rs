@@ -18,8 +18,12 @@ pub mod linear;
 pub mod norm;
 pub mod pool;
 pub mod reduce;
+mod reduce_middle;
 pub mod rope;
 pub mod simd;
+mod small;
+#[cfg(target_arch = "x86_64")]
+mod small_avx512;
 #[cfg(target_arch = "x86_64")]
 pub mod split;
 #[cfg(test)]
@@ -37,8 +41,10 @@ pub use gemm::{MatRef, add_product, gram, matmul, matmul_batched};
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use pool::{Pool, PoolError, Scratch, ScratchBuf};
+pub use reduce_middle::reduce_middle;
 pub use rope::{rope, rope_inplace};
 pub use simd::Isa;
+pub use small::outer_middle;
 pub use transform::{hadamard, mode_mul};
 pub use transpose::transpose;
 pub use weight::{WeightView, dequantize_row, gather_rows};

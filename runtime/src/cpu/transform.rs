@@ -3,11 +3,14 @@
 use super::gemm::{MatRef, matmul, product};
 use super::pool::{Pool, Scratch};
 use super::simd::{Isa, Kernel, Lanes};
+use super::small::{last, middle, packed};
 
 /// Elements that one task computes, about.
 const CHUNK: usize = 32 * 1024;
 /// Neighbours that a butterfly mixes in registers.
 const LANES: usize = 16;
+/// Largest matrix that is worth no packing.
+const IN_REGISTERS: usize = 64;
 
 /// `out = x (I ⊗ m ⊗ I_inner)` for rows of `n` channels, read as `[outer, l, inner]`. `m` is a list of matrices `[l, l]`;
 /// each serves as many neighbours of the `outer` ones.
@@ -32,26 +35,27 @@ pub fn mode_mul(
     );
     let (outer, count) = (n / (l * inner), m.len() / (l * l));
     assert!(count > 0 && outer.is_multiple_of(count), "{count} matrices for {outer} blocks");
-    let matrix = |o: usize| MatRef::new(&m[o * count / outer * l * l..][..l * l], l, l);
-    if inner == 1 && count == 1 {
+    let matrix = |c: usize| MatRef::new(&m[c * l * l..][..l * l], l, l);
+    if inner == 1 && count == 1 && l > IN_REGISTERS {
         let rows = x.len() / l;
         return matmul(pool, isa, MatRef::new(x, rows, l), matrix(0), out, l);
     }
+    let turned: Vec<_> =
+        if inner == 1 { Vec::new() } else { (0..count).map(|c| packed(matrix(c).t())).collect() };
     let rows = (CHUNK / n).max(if inner == 1 { 32 } else { 1 });
-    pool.for_chunks(out, rows * n, |c, out| {
-        let x = &x[c * rows * n..][..out.len()];
-        if inner == 1 {
+    pool.for_chunks(out, rows * n, |c, y| {
+        let x = &x[c * rows * n..][..y.len()];
+        if inner > 1 {
+            middle(isa, &turned, (outer, l, inner), x, 1.0, y);
+        } else if l <= IN_REGISTERS {
+            last(isa, x, n, (m, l), y);
+        } else {
             // All rows of a block of channels at once.
-            let rows = out.len() / n;
+            let rows = y.len() / n;
             for o in 0..outer {
                 let x = MatRef::strided(&x[o * l..], rows, l, n, 1);
-                product(x, matrix(o), 1.0, &mut out[o * l..], n);
+                product(x, matrix(o * count / outer), 1.0, &mut y[o * l..], n);
             }
-            return;
-        }
-        let each = l * inner;
-        for (i, (x, y)) in x.chunks_exact(each).zip(out.chunks_exact_mut(each)).enumerate() {
-            product(matrix(i % outer).t(), MatRef::new(x, l, inner), 1.0, y, inner);
         }
     });
 }
@@ -87,6 +91,7 @@ pub fn hadamard(
     let norm = (1.0 / (block as f64).sqrt()) as f32;
     let core = MatRef::new(&core, k, k);
     let core = if inverse { core.t() } else { core };
+    let turned = [if run == 1 { Vec::new() } else { packed(core) }];
     let (before, after) = if inverse { (None, signs) } else { (signs, None) };
     let rows = (CHUNK / n).max(1);
     pool.for_chunks(out, rows * n, |c, out| {
@@ -102,9 +107,7 @@ pub fn hadamard(
                 let blocks = out.len() / k;
                 product(MatRef::new(&mixed, blocks, k), core.t(), norm, out, k);
             } else {
-                for (x, y) in mixed.chunks_exact(block).zip(out.chunks_exact_mut(block)) {
-                    product(core, MatRef::new(x, k, run), norm, y, run);
-                }
+                middle(isa, &turned, (1, k, run), &mixed, norm, out);
             }
         }
         if let Some(signs) = after {

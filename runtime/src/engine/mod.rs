@@ -16,6 +16,8 @@ use qrmc_ir::{
 };
 use qrmc_lowering::{Cpu, Kernel, Program, lower_func, weight_order};
 
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::split::Amx;
 use crate::cpu::{Isa, MatRef, Pool, Scratch};
 use consts::Constant;
 
@@ -28,33 +30,46 @@ struct Machine {
     isa: Isa,
     scratch: Arc<Scratch>,
     spare: memory::Spare,
-    /// The matrix unit, in the engine that uses it.
     #[cfg(target_arch = "x86_64")]
-    split: Option<crate::cpu::split::Amx>,
+    amx: Option<Amx>,
+    /// Whether products of `f32` are split products, where there is a matrix unit.
+    coarse: bool,
 }
 
 impl Machine {
-    /// `out[m, n] = a bᵀ` over `k` in split products, if this machine does that and they pay.
-    fn split_product(
+    /// `out[m, n] = a bᵀ` over `k` on the matrix unit, if this machine has one, it is as exact as asked, and the product
+    /// pays.
+    fn unit_product(
         &self,
+        factors: Factors,
         a: Stored<'_>,
         b: Stored<'_>,
         shape: (usize, usize, usize),
         out: &mut [f32],
     ) -> bool {
         #[cfg(target_arch = "x86_64")]
-        if let Some(amx) = self.split.filter(|_| shape.0 >= 64) {
-            use crate::cpu::split::Operand;
+        if let Some(amx) = self.amx.filter(|_| shape.0 >= 64 && (self.coarse || factors == Factors::Bf16)) {
+            use crate::cpu::split::{Operand, Parts};
             let [a, b] = [a, b].map(|x| match x {
                 Stored::Rows(x) => Operand::Rows(x),
                 Stored::Columns(x) => Operand::Columns(x),
             });
-            amx.product(&self.pool, a, b, shape, out, &self.scratch);
+            let parts = if factors == Factors::Bf16 { Parts::High } else { Parts::Both };
+            amx.product(&self.pool, parts, a, b, shape, out, &self.scratch);
             return true;
         }
-        let _ = (a, b, shape, out);
+        let _ = (factors, a, b, shape, out);
         false
     }
+}
+
+/// What a product reads of its factors.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Factors {
+    /// `f32`, or what a coarse engine makes of it.
+    F32,
+    /// The nearest bfloat16.
+    Bf16,
 }
 
 /// An operand `[rows, k]` of a product, row after row or transposed.
@@ -79,27 +94,26 @@ impl CpuEngine {
     pub fn new(threads: usize) -> Result<Self, EngineError> {
         // The matrix unit is asked for before there are threads.
         #[cfg(target_arch = "x86_64")]
-        let amx = crate::cpu::split::Amx::request();
+        let amx = Amx::request();
         let pool = Arc::new(Pool::new(threads).map_err(|e| EngineError::System(e.to_string()))?);
         let scratch = Arc::new(Scratch::new());
         let with = |coarse: bool| {
-            let _ = coarse;
-            Arc::new(Machine {
+            let machine = Machine {
                 pool: pool.clone(),
                 isa: Isa::detect(),
                 scratch: scratch.clone(),
                 spare: memory::Spare::default(),
                 #[cfg(target_arch = "x86_64")]
-                split: amx.filter(|_| coarse),
-            })
+                amx,
+                coarse,
+            };
+            CpuEngine { machine: Arc::new(machine), programs: Mutex::default(), coarse: None }
         };
-        let exact = CpuEngine { machine: with(false), programs: Mutex::default(), coarse: None };
         #[cfg(target_arch = "x86_64")]
         if amx.is_some() {
-            let coarse = CpuEngine { machine: with(true), programs: Mutex::default(), coarse: None };
-            return Ok(CpuEngine { coarse: Some(Box::new(coarse)), ..exact });
+            return Ok(CpuEngine { coarse: Some(Box::new(with(true))), ..with(false) });
         }
-        Ok(exact)
+        Ok(with(false))
     }
 
     /// Number of threads.

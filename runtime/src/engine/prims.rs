@@ -7,6 +7,9 @@ use super::exec::{In, Slice, wrong_kind};
 use super::{Machine, products};
 use crate::cpu;
 
+/// Elements that one task moves, about.
+const CHUNK: usize = 32 * 1024;
+
 /// A result: its shape and room for its elements.
 pub(super) type Out = (Vec<usize>, Data);
 
@@ -30,6 +33,8 @@ pub(super) fn run(
     let out_shape = out.0.clone();
     match kernel {
         Kernel::Linear => products::linear(m, ins, out),
+        Kernel::OuterMiddle => products::outer_middle(m, ins, out),
+        Kernel::Bf16(op) => products::bf16(m, op, ins, out),
         Kernel::SiluMul => {
             cpu::silu_mul(pool, isa, ins[0].f32()?, ins[1].f32()?, floats(out)?);
             Ok(())
@@ -55,7 +60,9 @@ pub(super) fn run(
                 let x = ins[0].f32()?;
                 let y = floats(out)?;
                 cpu::unary(pool, isa, cpu::UnaryOp::Sigmoid, x, y);
-                y.iter_mut().zip(x).for_each(|(y, x)| *y *= x);
+                pool.for_chunks(y, CHUNK, |c, y| {
+                    y.iter_mut().zip(&x[c * CHUNK..]).for_each(|(y, x)| *y *= x);
+                });
                 Ok(())
             }
             Op::Unary(u) => unary(m, *u, &ins[0], out),
@@ -94,10 +101,14 @@ pub(super) fn run(
                 let (outer, inner) = split(&ins[0].shape, at);
                 let (n, start, len) = (ins[0].shape[at], *start as usize, *len as usize);
                 let (x, y) = (ins[0].widened()?, floats(out)?);
-                for o in 0..outer {
-                    let from = (o * n + start) * inner;
-                    y[o * len * inner..(o + 1) * len * inner].copy_from_slice(&x[from..from + len * inner]);
-                }
+                let (each, y) = ((len * inner).max(1), &mut y[..outer * len * inner]);
+                let per_task = (CHUNK / each).max(1);
+                pool.for_chunks(y, per_task * each, |c, y| {
+                    for (i, y) in y.chunks_mut(each).enumerate() {
+                        let from = ((c * per_task + i) * n + start) * inner;
+                        y.copy_from_slice(&x[from..from + len * inner]);
+                    }
+                });
                 Ok(())
             }
             Op::Concat(_) | Op::CacheAppend => {
@@ -105,10 +116,15 @@ pub(super) fn run(
                 let (outer, inner) = split(&out_shape, at);
                 let (a, b) = (ins[0].widened()?, ins[1].widened()?);
                 let (na, nb) = (ins[0].shape[at] * inner, ins[1].shape[at] * inner);
-                for (o, y) in floats(out)?.chunks_mut((na + nb).max(1)).enumerate().take(outer) {
-                    y[..na].copy_from_slice(&a[o * na..(o + 1) * na]);
-                    y[na..].copy_from_slice(&b[o * nb..(o + 1) * nb]);
-                }
+                let (each, y) = ((na + nb).max(1), &mut floats(out)?[..outer * (na + nb)]);
+                let per_task = (CHUNK / each).max(1);
+                pool.for_chunks(y, per_task * each, |c, y| {
+                    for (i, y) in y.chunks_mut(each).enumerate() {
+                        let o = c * per_task + i;
+                        y[..na].copy_from_slice(&a[o * na..(o + 1) * na]);
+                        y[na..].copy_from_slice(&b[o * nb..(o + 1) * nb]);
+                    }
+                });
                 Ok(())
             }
             Op::ModeMul { inner } => {
@@ -124,7 +140,7 @@ pub(super) fn run(
                 cpu::hadamard(pool, isa, &x, n, how, signs.as_deref(), floats(out)?, &m.scratch);
                 Ok(())
             }
-            Op::BroadcastLike => broadcast(&ins[0], out),
+            Op::BroadcastLike => broadcast(m, &ins[0], out),
             Op::Outer => products::outer(m, ins, out),
             Op::Inverse => {
                 let n = out_shape.last().copied().unwrap_or(1);
@@ -202,32 +218,16 @@ fn reduce(m: &Machine, op: ReduceOp, axis: usize, x: &In<'_>, out: &mut Out) -> 
     let data = x.widened()?;
     let data = &data[..];
     let n = x.shape[axis];
+    let op = match op {
+        ReduceOp::Sum => cpu::reduce::ReduceOp::Sum,
+        ReduceOp::Mean => cpu::reduce::ReduceOp::Mean,
+        ReduceOp::Max => cpu::reduce::ReduceOp::Max,
+    };
     if axis + 1 == x.shape.len() {
-        let op = match op {
-            ReduceOp::Sum => cpu::reduce::ReduceOp::Sum,
-            ReduceOp::Mean => cpu::reduce::ReduceOp::Mean,
-            ReduceOp::Max => cpu::reduce::ReduceOp::Max,
-        };
         cpu::reduce::reduce_rows(&m.pool, m.isa, op, data, n, floats(out)?);
-        return Ok(());
-    }
-    // Along another axis: each run of `inner` results is summed row after row, in `f64`.
-    let (_, inner) = split(&x.shape, axis);
-    let y = floats(out)?;
-    let (pool, width) = (&m.pool, 256.min(inner.max(1)));
-    for (o, y) in y.chunks_mut(inner.max(1)).enumerate() {
-        pool.for_chunks(y, width, |c, y| {
-            let mut acc = vec![if op == ReduceOp::Max { f64::NEG_INFINITY } else { 0.0 }; y.len()];
-            for r in 0..n {
-                let row = &data[(o * n + r) * inner + c * width..][..y.len()];
-                for (a, &v) in acc.iter_mut().zip(row) {
-                    let v = f64::from(v);
-                    *a = if op == ReduceOp::Max { a.max(v) } else { *a + v };
-                }
-            }
-            let scale = if op == ReduceOp::Mean { n.max(1) as f64 } else { 1.0 };
-            y.iter_mut().zip(acc).for_each(|(y, a)| *y = (a / scale) as f32);
-        });
+    } else {
+        let (_, inner) = split(&x.shape, axis);
+        cpu::reduce_middle(&m.pool, m.isa, op, data, (n, inner), floats(out)?);
     }
     Ok(())
 }
@@ -267,7 +267,7 @@ fn rope(m: &Machine, attr: &RopeAttr, ins: &[In<'_>], out: &mut Out) -> Result<(
 }
 
 /// Repeats elements along the axes that have size 1, or are not there.
-fn broadcast(x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+fn broadcast(m: &Machine, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
     let shape = out.0.clone();
     let (data, y) = (x.widened()?, floats(out)?);
     let skip = shape.len() - x.shape.len();
@@ -276,13 +276,16 @@ fn broadcast(x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
     let width = if single { 1 } else { n };
     let lead = &shape[..shape.len().saturating_sub(1)];
     let dims = &x.shape[..lead.len().saturating_sub(skip)];
-    for (r, y) in y.chunks_mut(n).enumerate() {
-        let at = broadcast_index(r, lead, dims) * width;
-        match single {
-            true => y.fill(data[at]),
-            false => y.copy_from_slice(&data[at..at + n]),
+    let per_task = (CHUNK / n).max(1);
+    m.pool.for_chunks(y, per_task * n, |c, y| {
+        for (r, y) in y.chunks_mut(n).enumerate() {
+            let at = broadcast_index(c * per_task + r, lead, dims) * width;
+            match single {
+                true => y.fill(data[at]),
+                false => y.copy_from_slice(&data[at..at + n]),
+            }
         }
-    }
+    });
     Ok(())
 }
 

@@ -1,11 +1,42 @@
 //! Products of matrices, and the gradient of attention, which is made of them.
 
-use qrmc_ir::{AttnAttr, EngineError};
+use qrmc_ir::{AttnAttr, EngineError, Op};
 
 use super::exec::{In, Slice, wrong_kind};
 use super::prims::{Out, broadcast_index, floats};
-use super::{Machine, Stored};
+use super::{Factors, Machine, Stored};
 use crate::cpu::{self, AttnShape, MatRef};
+
+/// A product of factors that are rounded to bfloat16 first.
+pub(super) fn bf16(m: &Machine, op: &Op, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let (a, b) = (ins[0].widened()?, ins[1].widened()?);
+    let n = out.0.last().copied().unwrap_or(1);
+    let on_unit = match op {
+        Op::MatMul { trans_b } if ins[1].shape.len() == 2 => {
+            let k = ins[0].shape.last().copied().unwrap_or(1);
+            let right = if *trans_b { Stored::Rows(&b) } else { Stored::Columns(&b) };
+            Some((Stored::Rows(&a), right, (a.len() / k.max(1), k, n)))
+        }
+        Op::Outer => {
+            Some((Stored::Columns(&a), Stored::Columns(&b), (out.0[0], a.len() / out.0[0].max(1), n)))
+        }
+        _ => None,
+    };
+    if let Some((a, b, shape)) = on_unit
+        && m.unit_product(Factors::Bf16, a, b, shape, floats(out)?)
+    {
+        return Ok(());
+    }
+    let round = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect() };
+    let (a, b) = (round(&a), round(&b));
+    let rounded = |i: usize, data| In { shape: ins[i].shape.clone(), data: Slice::F32(data) };
+    let ins = [rounded(0, &a), rounded(1, &b)];
+    match op {
+        Op::MatMul { trans_b } => matmul(m, *trans_b, &ins, out),
+        Op::Outer => outer(m, &ins, out),
+        _ => Err(wrong_kind()),
+    }
+}
 
 /// `x wᵀ`, and a bias.
 pub(super) fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
@@ -20,7 +51,7 @@ pub(super) fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), E
     };
     let y = floats(out)?;
     let view = view.ok_or_else(wrong_kind)?;
-    let split = matches!(&view, cpu::WeightView::F32(w) if m.split_product(Stored::Rows(x), Stored::Rows(w), (rows, k, n), y));
+    let split = matches!(&view, cpu::WeightView::F32(w) if m.unit_product(Factors::F32, Stored::Rows(x), Stored::Rows(w), (rows, k, n), y));
     if !split {
         cpu::linear(pool, isa, x, (rows, k), &view, n, y, &m.scratch);
     }
@@ -51,7 +82,7 @@ pub(super) fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) 
     if rb == 2 {
         let rows = av.len() / k.max(1);
         let stored = if trans_b { Stored::Rows(&bv) } else { Stored::Columns(&bv) };
-        if m.split_product(Stored::Rows(&av), stored, (rows, k, n), y) {
+        if m.unit_product(Factors::F32, Stored::Rows(&av), stored, (rows, k, n), y) {
             return Ok(());
         }
         cpu::matmul(&m.pool, m.isa, MatRef::new(&av, rows, k), right(&bv), y, n);
@@ -86,7 +117,8 @@ pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), En
     let (a, b) = (ins[0].widened()?, ins[1].widened()?);
     let (a, b) = (&a[..], &b[..]);
     let count = a.len() / rows.max(1);
-    if m.split_product(Stored::Columns(a), Stored::Columns(b), (rows, count, cols), floats(out)?) {
+    if m.unit_product(Factors::F32, Stored::Columns(a), Stored::Columns(b), (rows, count, cols), floats(out)?)
+    {
         return Ok(());
     }
     if rows == cols && std::ptr::eq(a, b) {
@@ -95,6 +127,14 @@ pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), En
     }
     let (a, b) = (MatRef::new(a, count, rows), MatRef::new(b, count, cols));
     cpu::matmul(&m.pool, m.isa, a.t(), b, floats(out)?, cols);
+    Ok(())
+}
+
+/// `Σ a bᵀ` over the last axis and all leading positions.
+pub(super) fn outer_middle(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let sizes = (out.0[0], out.0[1], ins[0].shape.last().copied().unwrap_or(1));
+    let (a, b) = (ins[0].widened()?, ins[1].widened()?);
+    cpu::outer_middle(&m.pool, m.isa, (&a, &b), sizes, floats(out)?, &m.scratch);
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! Packing the operands of split products into tiles of high and low parts.
 
-use super::{BLOCK, DEPTH, STEP};
+use super::{BLOCK, DEPTH, PART};
 use crate::cpu::simd::{Isa, Kernel, Lanes};
 
 /// An operand `[rows, k]` of a product over `k`.
@@ -27,8 +27,8 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// Packs the 32 rows from `first` on. `PAIRED` is the order of a right operand.
-    pub(super) fn pack<const PAIRED: bool>(
+    /// Packs this many parts of the 32 rows from `first` on. `PAIRED` is the order of a right operand.
+    pub(super) fn pack<const PARTS: usize, const PAIRED: bool>(
         self,
         isa: Isa,
         (rows, k): (usize, usize),
@@ -36,8 +36,8 @@ impl<'a> Operand<'a> {
         out: &mut [u16],
     ) {
         match self {
-            Operand::Rows(x) => isa.run(ByRows::<PAIRED> { x, rows, k, first, out }),
-            Operand::Columns(x) => isa.run(ByColumns::<PAIRED> { x, rows, k, first, out }),
+            Operand::Rows(x) => isa.run(ByRows::<PARTS, PAIRED> { x, rows, k, first, out }),
+            Operand::Columns(x) => isa.run(ByColumns::<PARTS, PAIRED> { x, rows, k, first, out }),
         }
     }
 }
@@ -49,16 +49,16 @@ fn nearest(x: f32) -> u32 {
     (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 }
 
-/// High and low part of `x`.
+/// High and low part of `x`; the low one only where two are asked for.
 #[inline(always)]
-fn parts(x: f32) -> (u32, u32) {
+fn parts<const PARTS: usize>(x: f32) -> (u32, u32) {
     let high = nearest(x);
-    (high, nearest(x - f32::from_bits(high << 16)))
+    (high, if PARTS == 2 { nearest(x - f32::from_bits(high << 16)) } else { 0 })
 }
 
-/// Packs 32 rows from `first` of `x[rows, k]`, stored by rows, zeros beyond its ends. For each step: two tiles of high parts, two of low
-/// ones, each of 16 rows. `PAIRED` is the order of a right operand: pairs of inner elements, then rows.
-struct ByRows<'a, const PAIRED: bool> {
+/// Packs 32 rows from `first` of `x[rows, k]`, stored by rows, zeros beyond its ends. For each step: two tiles of high
+/// parts, and two of low ones if there are two parts, each of 16 rows. `PAIRED` is the order of a right operand: pairs of inner elements, then rows.
+struct ByRows<'a, const PARTS: usize, const PAIRED: bool> {
     x: &'a [f32],
     rows: usize,
     k: usize,
@@ -66,44 +66,59 @@ struct ByRows<'a, const PAIRED: bool> {
     out: &'a mut [u16],
 }
 
-impl<const PAIRED: bool> Kernel for ByRows<'_, PAIRED> {
+impl<const PARTS: usize, const PAIRED: bool> Kernel for ByRows<'_, PARTS, PAIRED> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        for (step, out) in self.out.chunks_exact_mut(STEP).enumerate() {
-            let (high, low) = out.split_at_mut(STEP / 2);
+        for (step, out) in self.out.chunks_exact_mut(PARTS * PART).enumerate() {
+            let (high, low) = out.split_at_mut(PART);
             let from = step * DEPTH;
             for r in 0..BLOCK {
-                let mut line = [0.0f32; DEPTH];
-                if self.first + r < self.rows && from < self.k {
-                    let len = DEPTH.min(self.k - from);
-                    line[..len].copy_from_slice(&self.x[(self.first + r) * self.k + from..][..len]);
-                }
+                let row = if self.first + r < self.rows {
+                    &self.x[(self.first + r) * self.k..][..self.k]
+                } else {
+                    &[]
+                };
+                let line = line::<DEPTH>(row, from);
                 let (mut h, mut l) = ([0u16; DEPTH], [0u16; DEPTH]);
                 for i in 0..DEPTH {
-                    let (a, b) = parts(line[i]);
+                    let (a, b) = parts::<PARTS>(line[i]);
                     h[i] = a as u16;
                     l[i] = b as u16;
                 }
                 let (tile, row) = (r / 16 * 16 * DEPTH, r % 16);
-                if PAIRED {
-                    for p in 0..DEPTH / 2 {
-                        let at = tile + p * 32 + 2 * row;
-                        high[at..at + 2].copy_from_slice(&h[2 * p..2 * p + 2]);
-                        low[at..at + 2].copy_from_slice(&l[2 * p..2 * p + 2]);
+                for (part, line) in [(&mut *high, &h), (&mut *low, &l)].into_iter().take(PARTS) {
+                    if PAIRED {
+                        for p in 0..DEPTH / 2 {
+                            let at = tile + p * 32 + 2 * row;
+                            part[at..at + 2].copy_from_slice(&line[2 * p..2 * p + 2]);
+                        }
+                    } else {
+                        part[tile + row * DEPTH..][..DEPTH].copy_from_slice(line);
                     }
-                } else {
-                    high[tile + row * DEPTH..][..DEPTH].copy_from_slice(&h);
-                    low[tile + row * DEPTH..][..DEPTH].copy_from_slice(&l);
                 }
             }
         }
     }
 }
 
+/// The elements of a row from `from` on, zeros beyond its end.
+#[inline(always)]
+fn line<const N: usize>(row: &[f32], from: usize) -> [f32; N] {
+    match row.get(from..).and_then(<[f32]>::first_chunk) {
+        Some(full) => *full,
+        None => {
+            let mut line = [0.0; N];
+            let rest = row.get(from..).unwrap_or(&[]);
+            line[..rest.len()].copy_from_slice(rest);
+            line
+        }
+    }
+}
+
 /// As [`ByRows`] for `x[k, rows]`.
-struct ByColumns<'a, const PAIRED: bool> {
+struct ByColumns<'a, const PARTS: usize, const PAIRED: bool> {
     x: &'a [f32],
     rows: usize,
     k: usize,
@@ -111,32 +126,30 @@ struct ByColumns<'a, const PAIRED: bool> {
     out: &'a mut [u16],
 }
 
-impl<const PAIRED: bool> Kernel for ByColumns<'_, PAIRED> {
+impl<const PARTS: usize, const PAIRED: bool> Kernel for ByColumns<'_, PARTS, PAIRED> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let len = BLOCK.min(self.rows.saturating_sub(self.first));
-        for (step, out) in self.out.chunks_exact_mut(STEP).enumerate() {
-            let (high, low) = out.split_at_mut(STEP / 2);
+        for (step, out) in self.out.chunks_exact_mut(PARTS * PART).enumerate() {
             // Two inner elements of each row in 32 bits.
             let mut pairs = [[[0u32; BLOCK]; DEPTH / 2]; 2];
             let [highs, lows] = &mut pairs;
             for (p, (high, low)) in highs.iter_mut().zip(lows).enumerate() {
                 let mut lines = [[0.0f32; BLOCK]; 2];
-                for (e, line) in lines.iter_mut().enumerate() {
+                for (e, to) in lines.iter_mut().enumerate() {
                     let i = step * DEPTH + 2 * p + e;
                     if i < self.k {
-                        line[..len].copy_from_slice(&self.x[i * self.rows + self.first..][..len]);
+                        *to = line(&self.x[i * self.rows..][..self.rows], self.first);
                     }
                 }
                 for r in 0..BLOCK {
-                    let ((a, a_low), (b, b_low)) = (parts(lines[0][r]), parts(lines[1][r]));
+                    let ((a, a_low), (b, b_low)) = (parts::<PARTS>(lines[0][r]), parts::<PARTS>(lines[1][r]));
                     high[r] = a | b << 16;
                     low[r] = a_low | b_low << 16;
                 }
             }
-            for (part, pairs) in [high, low].into_iter().zip(&pairs) {
+            for (part, pairs) in out.chunks_exact_mut(PART).zip(&pairs) {
                 let part: &mut [u32] = bytemuck::cast_slice_mut(part);
                 for (tile, part) in part.chunks_exact_mut(16 * DEPTH / 2).enumerate() {
                     if PAIRED {
