@@ -8,12 +8,12 @@ use crate::run::{Said, run, snapshot};
 use crate::support::{TINY, data};
 
 /// A copy of a fixture (with the tiny model's tokenizer) that a test may damage.
-struct Model {
-    dir: tempfile::TempDir,
+pub(crate) struct Model {
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Model {
-    fn of(fixture: &str) -> Self {
+    pub(crate) fn of(fixture: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let to = dir.path().join("model");
         std::fs::create_dir(&to).unwrap();
@@ -24,7 +24,7 @@ impl Model {
         Model { dir }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join("model").join(name)
     }
 
@@ -49,14 +49,14 @@ impl Model {
         std::fs::write(self.path(file), out).unwrap();
     }
 
-    fn compile(&self, args: &[&str]) -> Said {
+    pub(crate) fn compile(&self, args: &[&str]) -> Said {
         let all: Vec<&str> =
             ["compile", "model", "-o", "out"].into_iter().chain(args.iter().copied()).collect();
         run(self.dir.path(), &all)
     }
 
     /// Compiles and expects a failure that says all of `words` and leaves nothing in the place of the output.
-    fn refused(&self, args: &[&str], code: i32, words: &[&str]) {
+    pub(crate) fn refused(&self, args: &[&str], code: i32, words: &[&str]) {
         let s = self.compile(args);
         assert_eq!(s.code, code, "{args:?}\n{}{}", s.out, s.err);
         for w in words {
@@ -221,6 +221,9 @@ fn pipelines_that_make_no_sense() {
         ("rtn{bitz=4}", 2, &["bitz", "`bits`"]),
         ("rtn{bits=9}", 2, &["bits", "2 to 8", "9"]),
         ("rtn{bits=4", 2, &["character"]),
+        ("quarot{kv=5}", 2, &["kv", "2, 3, 4 or 8", "5"]),
+        ("kvquant{bits=5}", 2, &["bits", "2, 3, 4 or 8", "5"]),
+        ("flatquant{skip=lost}", 1, &["lost", "layer0", "q_proj"]),
         ("rtnbits=4", 2, &["shell"]),
         ("annotate,scale", 1, &["scale", "float"]),
     ] {

@@ -3,6 +3,7 @@
 
 mod awq;
 mod cli;
+mod degenerate;
 mod gptq;
 mod hostile;
 mod methods;

@@ -11,7 +11,7 @@ mod train;
 use qrmc_ir::{Diag, FuncId, Module, Tensor};
 
 use crate::calibrate::{LayerResult, LayerRun, Stream, walk_layers};
-use crate::options::{OptionType, OptionValue, Width, options, word_option};
+use crate::options::{CacheWidth, OptionType, OptionValue, Width, options, word_option};
 use crate::parallel::check_tp;
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::skip::Skip;
@@ -71,7 +71,7 @@ options! {
         /// bits of the input of a linear layer during training
         a: Width = Width(4),
         /// bits of cached keys and values during training
-        kv: Width = Width(4),
+        kv: CacheWidth = CacheWidth(4),
         /// passes over the calibration text
         epochs: u32 = 15,
         /// windows in a step

@@ -6,7 +6,7 @@ use qrmc_ir::{
 };
 
 use crate::edges::{caches, in_features, linears, role, row_parallel, width};
-use crate::options::{Bits, Group, OptionValue, Width, options};
+use crate::options::{Bits, CacheWidth, Group, OptionValue, Width, options};
 use crate::parallel::check_tp;
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::skip::{Skip, Skipped};
@@ -32,7 +32,7 @@ options! {
         /// factor on the range of activations
         a_clip: f64 = 1.0,
         /// bits of cached keys and values, one scale a token and head
-        kv: Width = Width(16),
+        kv: CacheWidth = CacheWidth(16),
         /// factor on the range of cached keys and values
         kv_clip: f64 = 1.0,
         /// quantize keys, too

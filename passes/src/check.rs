@@ -1,6 +1,6 @@
 //! Proof by running: two modules on the same seeded tokens, a layer at a time.
 
-use qrmc_ir::{Engine, EngineError, Identity, Module, Op, Tensor, WeightSource};
+use qrmc_ir::{Diag, Engine, EngineError, Identity, Module, Op, Tensor, WeightSource};
 
 /// How far two results are apart.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -125,7 +125,7 @@ pub type Sourced<'a> = (&'a Module, &'a dyn WeightSource);
 /// told apart without running them.
 ///
 /// # Errors
-/// What the engine says.
+/// What the engine says; logits of `before` that are not finite (`Q0611`).
 pub fn compare_logits(
     engine: &dyn Engine,
     before: &Module,
@@ -145,6 +145,10 @@ pub fn compare_logits(
         return Ok(Gap { absolute: 0.0, relative: 0.0 });
     }
     let want = forward(engine, &before, weights, ids)?;
+    if want.as_f32().is_some_and(|v| v.iter().any(|x| !x.is_finite())) {
+        let m = "the model gives NaN or infinity on the tokens of the check, before this step";
+        return Err(Diag::new("Q0611", m).hint("it overflows in f32: look at its weights").into());
+    }
     let have = forward(engine, &after, weights, ids)?;
     Ok(logit_gap(&have, &want))
 }

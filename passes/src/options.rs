@@ -98,9 +98,42 @@ impl OptionType for Vec<String> {
     }
 }
 
-/// A width in bits: 2 to 8, or 16 for "not quantized".
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Width(pub(crate) u8);
+macro_rules! width_option {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $allowed:pat) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        pub(crate) struct $name(pub(crate) u8);
+
+        impl OptionType for $name {
+            const KIND: &'static str = $kind;
+            fn read(value: &OptionValue) -> Option<Self> {
+                match value {
+                    OptionValue::Number(n) => n.parse().ok().filter(|n| matches!(n, $allowed)).map($name),
+                    _ => None,
+                }
+            }
+            fn write(&self) -> OptionValue {
+                OptionValue::Number(self.0.to_string())
+            }
+        }
+    };
+}
+width_option!(
+    /// A width in bits of codes.
+    Bits, "2 to 8", 2..=8
+);
+width_option!(
+    /// A width in bits, 16 for "not quantized".
+    Width, "2 to 8, or 16 for not quantized", 2..=8 | 16
+);
+width_option!(
+    /// A width in bits of cached codes: the widths in which caches are stored.
+    CacheBits, "2, 3, 4 or 8", 2..=4 | 8
+);
+width_option!(
+    /// A width in bits of cached codes, 16 for "not quantized".
+    CacheWidth, "2, 3, 4 or 8, or 16 for not quantized", 2..=4 | 8 | 16
+);
 
 impl Width {
     /// The width, if it is one of codes.
@@ -109,33 +142,10 @@ impl Width {
     }
 }
 
-impl OptionType for Width {
-    const KIND: &'static str = "2 to 8, or 16 for not quantized";
-    fn read(value: &OptionValue) -> Option<Self> {
-        match value {
-            OptionValue::Number(n) => n.parse().ok().filter(|n| (2..=8).contains(n) || *n == 16).map(Width),
-            _ => None,
-        }
-    }
-    fn write(&self) -> OptionValue {
-        OptionValue::Number(self.0.to_string())
-    }
-}
-
-/// A width in bits of codes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Bits(pub(crate) u8);
-
-impl OptionType for Bits {
-    const KIND: &'static str = "2 to 8";
-    fn read(value: &OptionValue) -> Option<Self> {
-        match value {
-            OptionValue::Number(n) => n.parse().ok().filter(|n| (2..=8).contains(n)).map(Bits),
-            _ => None,
-        }
-    }
-    fn write(&self) -> OptionValue {
-        OptionValue::Number(self.0.to_string())
+impl CacheWidth {
+    /// The width, if it is one of codes.
+    pub(crate) fn quantized(self) -> Option<u8> {
+        (self.0 < 16).then_some(self.0)
     }
 }
 

@@ -9,7 +9,7 @@ use qrmc_ir::{
 
 use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
 use crate::edges::caches;
-use crate::options::{Bits, OptionValue, options};
+use crate::options::{CacheBits, OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::skip::Skip;
 use crate::unit::Unit;
@@ -18,7 +18,7 @@ options! {
     /// Options of `static-keys`.
     struct StaticKeysOptions {
         /// bits of a key
-        bits: Bits = Bits(4),
+        bits: CacheBits = CacheBits(4),
         /// keep the bias of the key projection out: it is added after, exactly
         pre_bias: bool = true,
         /// layers that stay as they are

@@ -5,7 +5,7 @@ use qrmc_ir::Rule;
 use super::call;
 use crate::affine::{AffineOptions, Form};
 use crate::annotate::AnnotateOptions;
-use crate::options::{Bits, Group, OptionType, OptionValue, Width, options, word_option};
+use crate::options::{CacheBits, CacheWidth, Group, OptionType, OptionValue, Width, options, word_option};
 use crate::part_bias::PartBiasOptions;
 use crate::pipeline::Call;
 use crate::rotate::RotateOptions;
@@ -18,7 +18,7 @@ options! {
     /// Options of the preset `kvquant`.
     struct KvquantPreset {
         /// bits of cached keys and values
-        bits: Bits = Bits(4),
+        bits: CacheBits = CacheBits(4),
         /// keep the bias of the key projection out of the cache
         pre_bias: bool = true,
         /// layers that stay as they are
@@ -31,7 +31,7 @@ impl KvquantPreset {
         let keys = StaticKeysOptions { bits: self.bits, pre_bias: self.pre_bias, skip: self.skip.clone() };
         let values = AnnotateOptions {
             w: Width(16),
-            kv: Width(self.bits.0),
+            kv: CacheWidth(self.bits.0),
             keys: false,
             skip: self.skip.clone(),
             ..AnnotateOptions::default()
@@ -61,7 +61,7 @@ options! {
     /// Options of the preset `quarot-kv`.
     struct QuarotKvPreset {
         /// bits of cached keys and values
-        bits: Bits = Bits(4),
+        bits: CacheBits = CacheBits(4),
         /// factor on the ranges
         clip: f64 = 0.95,
         /// what becomes of the bias of the keys: quantized with them as published, or added behind
@@ -82,7 +82,7 @@ impl QuarotKvPreset {
         };
         let annotate = AnnotateOptions {
             w: Width(16),
-            kv: Width(self.bits.0),
+            kv: CacheWidth(self.bits.0),
             kv_clip: self.clip,
             skip: self.skip.clone(),
             ..AnnotateOptions::default()
@@ -106,7 +106,7 @@ options! {
         /// bits of the input of a linear layer
         a: Width = Width(8),
         /// bits of cached keys and values
-        kv: Width = Width(8),
+        kv: CacheWidth = CacheWidth(8),
         /// ranks of tensor parallelism
         tp: u32 = 1,
         /// layers and linear layers that stay as they are
@@ -149,7 +149,7 @@ options! {
         /// bits of the input of a linear layer
         a: Width = Width(4),
         /// bits of cached keys and values
-        kv: Width = Width(4),
+        kv: CacheWidth = CacheWidth(4),
         /// factor on the range of activations
         a_clip: f64 = 0.9,
         /// factor on the range of cached keys and values
@@ -190,7 +190,7 @@ options! {
         /// bits of the input of a linear layer
         a: Width = Width(4),
         /// bits of cached keys and values
-        kv: Width = Width(4),
+        kv: CacheWidth = CacheWidth(4),
         /// passes over the calibration text
         epochs: u32 = 15,
         /// windows in a step

@@ -6,7 +6,7 @@ use super::call;
 use crate::annotate::AnnotateOptions;
 use crate::clip_search::ClipSearchOptions;
 use crate::gptq::GptqOptions;
-use crate::options::{Bits, Group, Width, options};
+use crate::options::{Bits, CacheWidth, Group, Width, options};
 use crate::pipeline::Call;
 use crate::rtn::RtnOptions;
 use crate::scale::ScaleOptions;
@@ -28,7 +28,7 @@ options! {
         /// bits of the input of a linear layer
         a: Width = Width(16),
         /// bits of cached keys and values
-        kv: Width = Width(16),
+        kv: CacheWidth = CacheWidth(16),
         /// ranks of tensor parallelism
         tp: u32 = 1,
         /// layers and linear layers that stay as they are
