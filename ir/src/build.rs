@@ -71,6 +71,18 @@ impl<'m> Builder<'m> {
         }
     }
 
+    /// Adds a transpose of the last two axes.
+    ///
+    /// # Errors
+    /// If there are no two axes.
+    pub fn swap_last(&mut self, x: ValueId) -> Result<ValueId, Diag> {
+        let mut perm: Vec<u8> = (0..self.ty(x).shape.rank() as u8).collect();
+        if let [.., a, b] = &mut perm[..] {
+            std::mem::swap(a, b);
+        }
+        self.op1(Op::Transpose(perm), &[x])
+    }
+
     /// Adds an elementwise operation of two operands.
     ///
     /// # Errors

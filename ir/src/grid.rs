@@ -270,6 +270,12 @@ pub fn run_length(spec: QuantSpec, rows: usize, cols: usize) -> usize {
     .max(1)
 }
 
+/// Which of `count` factors a run has, for rows of `per_row` runs: neighbours share one, and rows have the same.
+#[inline(always)]
+pub fn factor_of(run: usize, per_row: usize, count: usize) -> usize {
+    run % per_row * count / per_row
+}
+
 /// Which scale element `at` of a matrix of `cols` columns has, for runs of [`run_length`] elements.
 #[inline(always)]
 pub fn scale_index(spec: QuantSpec, at: usize, run: usize, cols: usize) -> usize {

@@ -141,6 +141,17 @@ impl Func {
         }
     }
 
+    /// The weight that a value is mainly made of: the one at the end of the first operands. Of every operation on weights,
+    /// the first operand is the weight itself.
+    pub fn weight_behind(&self, mut id: ValueId) -> Option<WeightId> {
+        loop {
+            match self.def_node(id)? {
+                Node { op: Op::Weight(w), .. } => return Some(*w),
+                node => id = *node.ins.first()?,
+            }
+        }
+    }
+
     /// For each value, the nodes that use it, in order. A use as result of the function does not count.
     pub fn users(&self) -> Vec<Vec<usize>> {
         let mut users = vec![Vec::new(); self.values.len()];

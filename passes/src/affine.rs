@@ -154,7 +154,8 @@ impl Pass for Affine {
             if result.is_empty() {
                 return Ok(());
             }
-            Ok(insert::layer(unit, func, o, &|name| find(&result, name))?)
+            insert::layer(unit, func, o, &|name| find(&result, name))?;
+            Ok(())
         };
         walk_layers(unit, cx, (&name, Stream::Before), &mut work, &mut |u, f, r, _| apply(u, f, r))
     }

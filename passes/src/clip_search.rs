@@ -50,16 +50,16 @@ impl Pass for ClipSearch {
     }
 
     fn legal(&self, module: &Module) -> Result<(), Diag> {
+        if self.0.grid == 0 || !(0.0..1.0).contains(&self.0.shrink) {
+            let m = format!("`clip-search`: grid {} and shrink {}", self.0.grid, self.0.shrink);
+            return Err(Diag::new("Q0602", m).hint("grid is at least 1, shrink is from 0 to below 1"));
+        }
         // What is skipped by default need not be there.
         let given = self.0.skip != ClipSearchOptions::default().skip;
         if given { self.0.skip.on(module).map(|_| ()) } else { Ok(()) }
     }
 
     fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
-        if self.0.grid == 0 || !(0.0..1.0).contains(&self.0.shrink) {
-            let m = format!("`clip-search`: grid {} and shrink {}", self.0.grid, self.0.shrink);
-            return Err(Diag::new("Q0602", m).hint("grid is at least 1, shrink is from 0 to below 1").into());
-        }
         let o = self.0.clone();
         let name = self.call().to_string();
         let mut work = |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| search_layer(&o, unit, cx, run);

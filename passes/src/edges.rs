@@ -21,6 +21,18 @@ pub(crate) fn linears(func: &Func) -> Vec<Linear> {
     func.nodes.iter().enumerate().filter_map(|(at, n)| linear(func, &derived, at, n)).collect()
 }
 
+/// The values that feed linear layers, in order, each with the linear layers that read it.
+pub(crate) fn inputs(func: &Func) -> Vec<(ValueId, Vec<Linear>)> {
+    let mut out: Vec<(ValueId, Vec<Linear>)> = Vec::new();
+    for l in linears(func) {
+        match out.iter_mut().find(|(x, _)| *x == l.x) {
+            Some((_, list)) => list.push(l),
+            None => out.push((l.x, vec![l])),
+        }
+    }
+    out
+}
+
 fn linear(func: &Func, derived: &[bool], node: usize, n: &Node) -> Option<Linear> {
     let Op::MatMul { trans_b: true } = n.op else { return None };
     let (x, w) = (n.ins[0], n.ins[1]);
@@ -38,15 +50,9 @@ pub(crate) fn width(func: &Func, v: ValueId) -> u64 {
     func.ty(v).shape.last().and_then(Dim::fixed).unwrap_or(0) as u64
 }
 
-/// The weight behind a weight-derived value: the first operand of every weight-side operation is the weight itself.
-pub(crate) fn weight_behind<'m>(module: &'m Module, func: &Func, mut v: ValueId) -> Option<&'m str> {
-    while let Some(n) = func.def_node(v) {
-        if let Op::Weight(w) = n.op {
-            return Some(&module.weight(w).name);
-        }
-        v = *n.ins.first()?;
-    }
-    None
+/// The name of the weight behind a weight-derived value.
+pub(crate) fn weight_behind<'m>(module: &'m Module, func: &Func, v: ValueId) -> Option<&'m str> {
+    func.weight_behind(v).map(|w| module.weight(w).name.as_str())
 }
 
 /// A name for what a linear layer is, from its weight or its value: `q_proj`, `down_proj`.

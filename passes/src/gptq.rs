@@ -7,7 +7,7 @@ mod round;
 #[cfg(test)]
 mod tests;
 
-use qrmc_ir::{Diag, Op};
+use qrmc_ir::{Diag, Module, Op};
 
 use crate::calibrate::{LayerRun, Stream, walk_layers};
 use crate::options::{OptionValue, options};
@@ -50,9 +50,12 @@ impl Pass for Gptq {
         self.0.write()
     }
 
+    fn legal(&self, _: &Module) -> Result<(), Diag> {
+        self.0.check()
+    }
+
     fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
         let o = self.0.clone();
-        o.check()?;
         check_annotations(unit)?;
         let name = self.call().to_string();
         let mut work = |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| layer::work(&o, unit, cx, run);

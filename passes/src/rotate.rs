@@ -3,7 +3,7 @@
 use qrmc_ir::random::LegacyNumpy;
 use qrmc_ir::{Builder, Diag, Func, Module, Op, Tensor, ValueId, WeightId, hadamard, rewrite};
 
-use crate::edges::{Producer, caches, linears, producer, transform_edge, width};
+use crate::edges::{Producer, caches, inputs, producer, transform_edge, width};
 use crate::fuse_norm::fuse;
 use crate::options::{OptionValue, options};
 use crate::parallel::check_tp;
@@ -136,14 +136,8 @@ fn within(module: &Module, f: &Func, o: &RotateOptions, skip: &Skipped, index: u
     let head = module.facts.head_dim;
     let mut f = f.clone();
     for (on, kind) in [(o.heads, Producer::Attention), (o.down, Producer::Product)] {
-        let mut inputs: Vec<ValueId> = Vec::new();
-        for l in linears(&f).iter().filter(|l| on && producer(&f, l.x) == kind) {
-            if !inputs.contains(&l.x) {
-                inputs.push(l.x);
-            }
-        }
-        // One such value a layer; a rewrite renumbers, so that a second one is looked for anew.
-        if let Some(&x) = inputs.first() {
+        // One such value a layer; a rewrite renumbers, so that the second one is looked for anew.
+        if let Some((x, _)) = inputs(&f).into_iter().find(|(x, _)| on && producer(&f, *x) == kind) {
             let block = if kind == Producer::Attention { head } else { width(&f, x) / u64::from(o.tp) };
             f = transform_edge(
                 module,

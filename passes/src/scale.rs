@@ -14,7 +14,7 @@ use qrmc_ir::{BinaryOp, Diag, Dim, Func, FuncId, Module, Op, Place as At, ScaleT
 
 use crate::annotate::check_group;
 use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
-use crate::edges::{Linear, key, linears, role, transform_edge};
+use crate::edges::{Linear, inputs, key, role, transform_edge};
 use crate::options::{Bits, Group, OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::skip::{Skip, Skipped};
@@ -65,13 +65,13 @@ impl Pass for Scale {
 
     fn legal(&self, module: &Module) -> Result<(), Diag> {
         self.0.skip.on(module)?;
+        if self.0.grid == 0 {
+            return Err(Diag::new("Q0602", "`scale`: a grid of 0 ratios").hint("AWQ tries 20"));
+        }
         check_group(module, self.0.group, 1)
     }
 
     fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
-        if self.0.grid == 0 {
-            return Err(Diag::new("Q0602", "`scale`: a grid of 0 ratios").hint("AWQ tries 20").into());
-        }
         let options = self.0.clone();
         let name = self.call().to_string();
         let mut work =
@@ -92,24 +92,19 @@ struct Edge {
 
 /// The edges of a layer: what feeds linear layers and nothing else, and comes from where a scale can be folded.
 fn edges(module: &Module, f: &Func, skip: &Skipped, index: usize) -> Result<Vec<Edge>, Diag> {
-    let all = linears(f);
     let users = f.users();
     let mut out: Vec<Edge> = Vec::new();
-    for l in &all {
-        if let Some(e) = out.iter_mut().find(|e| e.x == l.x) {
-            e.linears.push(*l);
-            continue;
-        }
-        let Some(producer) = f.def_node(l.x) else { continue };
+    for (x, linears) in inputs(f) {
+        let (Some(producer), l) = (f.def_node(x), linears[0]) else { continue };
         let compared = match producer.op {
             // The whole block behind a norm: what is added to the residual stream.
-            Op::RmsNorm(_) => block_output(f, l.x)?,
+            Op::RmsNorm(_) => block_output(f, x)?,
             Op::Binary(BinaryOp::Mul) => l.y,
             // The published search scales this edge only where both weights are of one shape: without grouped heads.
-            Op::Attention(a) if a.heads == a.kv_heads && is_square(f, l) => l.y,
+            Op::Attention(a) if a.heads == a.kv_heads && is_square(f, &l) => l.y,
             _ => continue,
         };
-        out.push(Edge { x: l.x, linears: vec![*l], compared });
+        out.push(Edge { x, linears, compared });
     }
     // A value that something else reads too cannot be scaled for the linear layers alone.
     out.retain(|e| users[e.x.0 as usize].iter().all(|u| e.linears.iter().any(|l| l.node == *u)));

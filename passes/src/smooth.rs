@@ -3,7 +3,7 @@
 use qrmc_ir::{Builder, Diag, Dim, Func, Op, ReduceOp, Tensor, TensorType, UnaryOp, ValueId};
 
 use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
-use crate::edges::{Linear, Producer, key, linears, producer};
+use crate::edges::{Linear, inputs, key};
 use crate::options::{OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::scale::insert;
@@ -65,17 +65,8 @@ impl Pass for Smooth {
 /// The values behind norms that feed linear layers and nothing else.
 fn edges(f: &Func, skip: &Skipped, unit: &Unit, index: usize) -> Vec<(ValueId, Vec<Linear>)> {
     let users = f.users();
-    let mut out: Vec<(ValueId, Vec<Linear>)> = Vec::new();
-    for l in linears(f) {
-        let is_norm = f.def_node(l.x).is_some_and(|n| matches!(n.op, Op::RmsNorm(_)));
-        if !is_norm || producer(f, l.x) != Producer::Norm {
-            continue;
-        }
-        match out.iter_mut().find(|(x, _)| *x == l.x) {
-            Some((_, list)) => list.push(l),
-            None => out.push((l.x, vec![l])),
-        }
-    }
+    let mut out = inputs(f);
+    out.retain(|(x, _)| f.def_node(*x).is_some_and(|n| matches!(n.op, Op::RmsNorm(_))));
     let role = |l: &Linear| crate::edges::role(&unit.module, f, l);
     out.retain(|(x, list)| {
         let only = users[x.0 as usize].iter().all(|u| list.iter().any(|l| l.node == *u));
@@ -93,8 +84,29 @@ pub(crate) fn scales(xmax: &[f32], wmax: &[f32], alpha: f64) -> Vec<f32> {
     xmax.iter().zip(wmax).map(one).collect()
 }
 
+/// The largest magnitude by channel of an input of linear layers over all batches, and of the columns of their weights.
+pub(crate) fn magnitudes(
+    unit: &Unit,
+    cx: &PassCx<'_>,
+    f: &Func,
+    x: ValueId,
+    readers: &[Linear],
+    batches: &[Tensor],
+) -> Result<(Vec<f32>, Vec<f32>), PassError> {
+    let func = cx.engine.prepare(&unit.module, &absmax(&unit.module, f.ty(x))?, &unit.weights)?;
+    let (mut xmax, mut wmax) = (Vec::new(), Vec::new());
+    for t in batches {
+        widen(&mut xmax, &func.run(&[t])?[0]);
+    }
+    let weights: Vec<ValueId> = readers.iter().map(|l| l.w).collect();
+    for t in &cx.run(unit, &column_max(unit, f, &weights)?, &[])? {
+        widen(&mut wmax, t);
+    }
+    Ok((xmax, wmax))
+}
+
 /// `@absmax(x [B, S, n]) -> [1, 1, n]`
-pub(crate) fn absmax(module: &qrmc_ir::Module, ty: &TensorType) -> Result<Func, Diag> {
+fn absmax(module: &qrmc_ir::Module, ty: &TensorType) -> Result<Func, Diag> {
     let mut b = Builder::new(module, "absmax");
     let x = b.param(Some("x"), ty.clone());
     let mut y = b.op1(Op::Unary(UnaryOp::Abs), &[x])?;
@@ -105,7 +117,7 @@ pub(crate) fn absmax(module: &qrmc_ir::Module, ty: &TensorType) -> Result<Func, 
 }
 
 /// `@column_max() -> [1, n]` for each weight: the largest magnitude in each column.
-pub(crate) fn column_max(unit: &Unit, f: &Func, weights: &[ValueId]) -> Result<Func, Diag> {
+fn column_max(unit: &Unit, f: &Func, weights: &[ValueId]) -> Result<Func, Diag> {
     let plain = qrmc_ir::extract(&unit.module, f, "weights", &[], weights)?;
     let mut b = Builder::new(&unit.module, "column_max");
     let mut outs = Vec::new();
@@ -116,10 +128,10 @@ pub(crate) fn column_max(unit: &Unit, f: &Func, weights: &[ValueId]) -> Result<F
     Ok(b.finish(&outs))
 }
 
-/// Elementwise maximum.
+/// Elementwise maximum; `most` is empty before the first.
 pub(crate) fn widen(most: &mut Vec<f32>, t: &Tensor) {
     let v = t.as_f32().unwrap_or(&[]);
-    most.resize(v.len(), 0.0);
+    most.resize(v.len(), f32::NEG_INFINITY);
     most.iter_mut().zip(v).for_each(|(m, x)| *m = m.max(*x));
 }
 
@@ -137,15 +149,7 @@ fn measure(
     let mut result = LayerResult::new();
     for ((x, list), batches) in edges.iter().zip(values) {
         let n = f.ty(*x).shape.last().and_then(Dim::fixed).unwrap_or(0);
-        let func = cx.engine.prepare(&unit.module, &absmax(&unit.module, f.ty(*x))?, &unit.weights)?;
-        let (mut xmax, mut wmax) = (Vec::new(), Vec::new());
-        for t in &batches {
-            widen(&mut xmax, &func.run(&[t])?[0]);
-        }
-        let weights: Vec<ValueId> = list.iter().map(|l| l.w).collect();
-        for t in &cx.run(unit, &column_max(unit, &f, &weights)?, &[])? {
-            widen(&mut wmax, t);
-        }
+        let (xmax, wmax) = magnitudes(unit, cx, &f, *x, list, &batches)?;
         result.push((format!("{}.s", key(&f, *x)), Tensor::f32([n], scales(&xmax, &wmax, alpha))));
     }
     Ok((result, next))

@@ -12,6 +12,7 @@ use crate::edges::caches;
 use crate::options::{CacheBits, OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::skip::Skip;
+use crate::smooth::widen;
 use crate::unit::Unit;
 
 options! {
@@ -117,9 +118,7 @@ fn measure(
     let mut most = [Vec::new(), Vec::new()];
     for t in &values[0] {
         for (most, t) in most.iter_mut().zip(func.run(&[t])?) {
-            let v = t.as_f32().unwrap_or(&[]);
-            most.resize(v.len(), f32::NEG_INFINITY);
-            most.iter_mut().zip(v).for_each(|(m, x)| *m = m.max(*x));
+            widen(most, &t);
         }
     }
     let n = most[0].len();

@@ -14,12 +14,9 @@ pub(super) fn mode_mul(b: &mut Builder<'_>, inner: u64, x: ValueId, m: ValueId) 
     let outer = n / (size * inner);
     let mut split = shape.0.clone();
     split.pop();
-    let mut turn: Vec<u8> = (0..matrix.len() as u8).collect();
-    let rank = turn.len();
-    turn.swap(rank - 1, rank - 2);
-    let mut left = b.op1(Op::Transpose(turn), &[m])?;
+    let mut left = b.swap_last(m)?;
     if let [Dim::Fixed(count), ..] = matrix[..]
-        && rank == 3
+        && matrix.len() == 3
     {
         let list = [count, 1, size, size].map(Dim::Fixed).to_vec();
         left = b.op1(Op::Reshape(Shape(list)), &[left])?;

@@ -28,7 +28,7 @@ impl Factors {
 
     /// Which factor a run has.
     fn index(&self, run: usize) -> usize {
-        run % self.per_row * self.hi.len() / self.per_row
+        grid::factor_of(run, self.per_row, self.hi.len())
     }
 
     fn at(&self, run: usize) -> (f32, f32) {

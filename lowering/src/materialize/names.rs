@@ -38,16 +38,9 @@ impl Names {
     }
 }
 
-/// The weight that a value is mainly made of: the one at the end of the first operands.
+/// The name of the weight that a value is mainly made of.
 pub(super) fn base_weight(module: &Module, f: &Func, v: ValueId) -> Option<String> {
-    let mut v = v;
-    loop {
-        let n = f.def_node(v)?;
-        if let Op::Weight(w) = n.op {
-            return Some(module.weight(w).name.clone());
-        }
-        v = *n.ins.first()?;
-    }
+    f.weight_behind(v).map(|w| module.weight(w).name.clone())
 }
 
 /// Mnemonic of the first operation on the weight that a value is mainly made of.
@@ -75,7 +68,7 @@ impl Job {
             for (t, plain) in self.tensors.iter_mut().zip(&plain) {
                 // Scales and zero points keep their ends.
                 let at = match plain.rfind('.') {
-                    Some(at) if plains_end(&plain[at..]) && matches!(self.parts.len(), 2..) => at,
+                    Some(at) if is_part(&plain[at..]) && matches!(self.parts.len(), 2..) => at,
                     _ => plain.len(),
                 };
                 t.name = format!("{}{part}{}", &plain[..at], &plain[at..]);
@@ -85,7 +78,7 @@ impl Job {
     }
 }
 
-/// The ends of the names of a quantized weight's parts.
-fn plains_end(end: &str) -> bool {
+/// Whether a name ends as those of a quantized weight's parts do.
+fn is_part(end: &str) -> bool {
     [".codes", ".scale", ".zero"].contains(&end)
 }

@@ -7,7 +7,7 @@ use qrmc_ir::{
 
 use super::init::{factors, matrices, ranked};
 use super::{AffineOptions, Form};
-use crate::edges::{Linear, Producer, caches, linears, producer, role, transform_edge, width};
+use crate::edges::{Linear, Producer, caches, inputs, linears, producer, role, transform_edge, width};
 use crate::unit::Unit;
 
 /// What a layer's parameters are called, relative to it.
@@ -19,7 +19,8 @@ pub(super) struct Names<'a> {
     module: &'a Module,
 }
 
-/// Declares the parameters of a layer with these values, and inserts the transforms that they make.
+/// Declares the parameters of a layer with these values, and inserts the transforms that they make. Gives the names of
+/// the parameters, relative to the layer, and their weights.
 ///
 /// # Errors
 /// If a parameter is missing or not finite, or the layer has not the form of a decoder's.
@@ -28,7 +29,7 @@ pub(super) fn layer(
     func: FuncId,
     o: &AffineOptions,
     value: &dyn Fn(&str) -> Option<Tensor>,
-) -> Result<(), Diag> {
+) -> Result<Vec<(String, WeightId)>, Diag> {
     let f = unit.module.func(func).clone();
     let mut ids = Vec::new();
     for name in parameters(&unit.module, &f, o) {
@@ -38,19 +39,17 @@ pub(super) fn layer(
     }
     let names = Names { layer: f.name.clone(), ids, form: o.form, module: &unit.module };
     let new = transforms(&names, &f, o)?;
+    let ids = names.ids;
     unit.module.funcs[func.0 as usize] = new;
-    Ok(())
+    Ok(ids)
 }
 
 /// The values behind norms, attention and products that linear layers read: name of the edge, value, kind.
 pub(super) fn edges(f: &Func) -> Result<Vec<(&'static str, ValueId, Producer)>, Diag> {
     let mut out: Vec<(&'static str, ValueId, Producer)> = Vec::new();
     let mut norms = ["attn_in", "mlp_in"].into_iter();
-    for l in linears(f) {
-        if out.iter().any(|(_, x, _)| *x == l.x) {
-            continue;
-        }
-        let kind = producer(f, l.x);
+    for (x, _) in inputs(f) {
+        let kind = producer(f, x);
         let name = match kind {
             Producer::Norm => norms.next(),
             Producer::Attention => Some("o_in"),
@@ -61,10 +60,10 @@ pub(super) fn edges(f: &Func) -> Result<Vec<(&'static str, ValueId, Producer)>, 
         let unknown = || {
             Diag::new(
                 "Q0603",
-                format!("@{} feeds linear layers by {}, which is no edge of a decoder", f.name, f.show(l.x)),
+                format!("@{} feeds linear layers by {}, which is no edge of a decoder", f.name, f.show(x)),
             )
         };
-        out.push((name.ok_or_else(unknown)?, l.x, kind));
+        out.push((name.ok_or_else(unknown)?, x, kind));
     }
     let missing = |n: &&&str| !out.iter().any(|(o, ..)| o == *n);
     match ["attn_in", "o_in", "mlp_in", "down_in"].iter().find(missing) {
@@ -126,7 +125,7 @@ impl Names<'_> {
     /// `base (I - A)(I + A)⁻¹`, `A = X - Xᵀ`: every rotation near the base (Cayley).
     fn turned(&self, b: &mut Builder<'_>, base: &str, turn: &str) -> Result<ValueId, Diag> {
         let (base, x) = (self.weight(b, base)?, self.weight(b, turn)?);
-        let t = transposed(b, x)?;
+        let t = b.swap_last(x)?;
         let a = b.binary(BinaryOp::Sub, x, t)?;
         let n = width(b.func(), x);
         let data: Vec<f64> = (0..n * n).map(|at| if at / n == at % n { 1.0 } else { 0.0 }).collect();
@@ -155,17 +154,10 @@ impl Names<'_> {
     }
 }
 
-fn transposed(b: &mut Builder<'_>, m: ValueId) -> Result<ValueId, Diag> {
-    let rank = b.ty(m).shape.rank() as u8;
-    let mut perm: Vec<u8> = (0..rank).collect();
-    perm.swap(usize::from(rank) - 1, usize::from(rank) - 2);
-    b.op1(Op::Transpose(perm), &[m])
-}
-
 /// `m⁻ᵀ`
 fn contragredient(b: &mut Builder<'_>, m: ValueId) -> Result<ValueId, Diag> {
     let inverse = b.op1(Op::Inverse, &[m])?;
-    transposed(b, inverse)
+    b.swap_last(inverse)
 }
 
 /// The factors of an edge's transform: names of matrices, and over how many channels they step.

@@ -1,22 +1,20 @@
 //! Trains the parameters of one layer.
 
-use qrmc_ir::{
-    BinaryOp, Builder, Diag, Func, FuncId, Op, Prepared, ReduceOp, Rule, Tensor, ValueId, extract, rewrite,
-};
+use qrmc_ir::{Builder, Diag, Func, FuncId, Op, Prepared, Rule, Tensor, ValueId, WeightId, extract, rewrite};
 
 use super::init::{CLIP, diagonal, draw};
 use super::insert::{edges, layer as insert, parameters, trained};
 use super::{AffineOptions, Form, Products, find};
 use crate::annotate::{AnnotateOptions, annotate};
 use crate::calibrate::{LayerResult, LayerRun, observe};
-use crate::edges::{linears, role, row_parallel};
+use crate::edges::{Linear, linears, role, row_parallel};
 use crate::grad::{GradOptions, grad};
 use crate::options::Group;
 use crate::pass::{PassCx, PassError};
 use crate::place::{PlaceOptions, place};
-use crate::scale::measure::inline;
+use crate::scale::measure::{inline, squared_error};
 use crate::skip::Skip;
-use crate::smooth::{absmax, column_max, widen};
+use crate::smooth::magnitudes;
 use crate::unit::Unit;
 
 /// Learning rates end here.
@@ -36,11 +34,11 @@ pub(super) fn layer(
 ) -> Result<(LayerResult, Vec<Tensor>), PassError> {
     let (mut values, next) = start(o, unit, cx, run, before)?;
     let mut student = unit.clone();
-    insert(&mut student, run.func, o, &|name| find(&values, name))?;
+    let ids = insert(&mut student, run.func, o, &|name| find(&values, name))?;
     let coarse = cx.engine.coarse().filter(|_| o.products != Products::F32);
     let engine = coarse.unwrap_or(cx.engine);
     let steps = Steps::new(o, run.stream, &next)?;
-    let mut parameters = Parameters::of(&student, run.func, o, &mut values)?;
+    let mut parameters = Parameters::of(&ids, o, &values);
     // Where there is no unit for them, products of bfloat16 are the slower ones.
     let bf16 = coarse.is_some() && o.products == Products::Bf16;
     let (loss, gradient) = functions(&student, run.func, o, &parameters, bf16)?;
@@ -121,15 +119,8 @@ fn start(
         }
     }
     for ((name, x, _), batches) in edges.iter().zip(batches).filter(|_| o.diag) {
-        let func = cx.engine.prepare(m, &absmax(m, f.ty(*x))?, &unit.weights)?;
-        let (mut xmax, mut wmax) = (Vec::new(), Vec::new());
-        for t in &batches {
-            widen(&mut xmax, &func.run(&[t])?[0]);
-        }
-        let weights: Vec<ValueId> = linears(&f).iter().filter(|l| l.x == *x).map(|l| l.w).collect();
-        for t in &cx.run(unit, &column_max(unit, &f, &weights)?, &[])? {
-            widen(&mut wmax, t);
-        }
+        let readers: Vec<Linear> = linears(&f).into_iter().filter(|l| l.x == *x).collect();
+        let (xmax, wmax) = magnitudes(unit, cx, &f, *x, &readers, &batches)?;
         let d = diagonal(&xmax, &wmax, o.alpha);
         values.push((format!("{name}.diag"), Tensor::f32([d.len()], d)));
     }
@@ -158,6 +149,7 @@ fn start(
 /// One trained tensor with the state of its optimizer.
 struct Parameter {
     name: String,
+    id: WeightId,
     tensor: Tensor,
     rate: f64,
     first: Vec<f64>,
@@ -167,24 +159,22 @@ struct Parameter {
 struct Parameters(Vec<Parameter>);
 
 impl Parameters {
-    fn of(unit: &Unit, func: FuncId, o: &AffineOptions, values: &mut LayerResult) -> Result<Self, Diag> {
-        let f = unit.module.func(func);
+    fn of(ids: &[(String, WeightId)], o: &AffineOptions, values: &LayerResult) -> Self {
         let mut list = Vec::new();
         for (name, tensor) in values.iter().filter(|(n, _)| trained(n, o.form)) {
-            let used = unit.module.find_weight(&format!("{}.{name}", f.name)).is_some();
-            if used {
-                let clip = name.ends_with(".hi") || name.ends_with(".lo");
-                let n = tensor.len();
-                list.push(Parameter {
-                    name: name.clone(),
-                    tensor: tensor.clone(),
-                    rate: if clip { o.clip_lr } else { o.lr },
-                    first: vec![0.0; n],
-                    second: vec![0.0; n],
-                });
-            }
+            let Some((_, id)) = ids.iter().find(|(n, _)| n == name) else { continue };
+            let clip = name.ends_with(".hi") || name.ends_with(".lo");
+            let n = tensor.len();
+            list.push(Parameter {
+                name: name.clone(),
+                id: *id,
+                tensor: tensor.clone(),
+                rate: if clip { o.clip_lr } else { o.lr },
+                first: vec![0.0; n],
+                second: vec![0.0; n],
+            });
         }
-        Ok(Parameters(list))
+        Parameters(list)
     }
 
     /// One step of AdamW on gradients divided by `scale`; rates fall along a cosine.
@@ -246,8 +236,7 @@ fn functions(
         _ => Ok(None),
     })?;
     let value_of = |p: &Parameter| {
-        let id = m.find_weight(&format!("{}.{}", f.name, p.name));
-        let at = f.value_ids().find(|v| id.is_some() && f.as_weight(*v) == id);
+        let at = f.value_ids().find(|v| f.as_weight(*v) == Some(p.id));
         at.ok_or_else(|| Diag::new("Q0609", format!("@{} does not read its parameter {}", f.name, p.name)))
     };
     let mut cut = vec![f.params[0], f.params[1]];
@@ -259,11 +248,7 @@ fn functions(
     let args: Vec<ValueId> = student.params.iter().map(|&p| b.param(None, student.ty(p).clone())).collect();
     let target = b.param(Some("target"), student.ty(student.results[0]).clone());
     let y = inline(&mut b, &student, &args)?[0];
-    let d = b.binary(BinaryOp::Sub, y, target)?;
-    let mut sum = b.binary(BinaryOp::Mul, d, d)?;
-    for axis in (0..b.ty(sum).shape.rank()).rev() {
-        sum = b.op1(Op::Reduce(ReduceOp::Sum, axis as u8), &[sum])?;
-    }
+    let sum = squared_error(&mut b, y, target)?;
     let loss = b.finish(&[sum]);
     let wrt: Vec<usize> = (2..2 + parameters.0.len()).collect();
     let gradient = grad(m, &loss, &wrt, &GradOptions { bf16 })?;

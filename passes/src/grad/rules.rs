@@ -218,14 +218,6 @@ fn reduce(b: &mut Builder<'_>, op: ReduceOp, axis: u8, x: ValueId, y: ValueId, d
     Ok(vec![Some(b.op1(Op::BroadcastLike, &[d, x])?)])
 }
 
-/// `x` with its last two axes swapped.
-fn swapped(b: &mut Builder<'_>, x: ValueId) -> Result<ValueId, Diag> {
-    let rank = b.ty(x).shape.rank();
-    let mut perm: Vec<u8> = (0..rank as u8).collect();
-    perm.swap(rank - 1, rank - 2);
-    b.op1(Op::Transpose(perm), &[x])
-}
-
 fn matmul(
     b: &mut Builder<'_>,
     o: &GradOptions,
@@ -254,7 +246,7 @@ fn matmul(
             if trans_b { b.op1(Op::Outer, &[dy, x])? } else { b.op1(Op::Outer, &[x, dy])? }
         } else {
             let (left, right) = if trans_b { (dy, x) } else { (x, dy) };
-            let left = swapped(b, left)?;
+            let left = b.swap_last(left)?;
             b.op1(Op::MatMul { trans_b: false }, &[left, right])?
         };
         out[1] = Some(sum_to(b, d, ins[1])?);
@@ -296,7 +288,7 @@ fn concat(b: &mut Builder<'_>, axis: u8, ins: &[ValueId], dy: ValueId) -> Back {
 
 /// `d(m⁻¹) = -m⁻¹ dm m⁻¹`, so that `dm = -yᵀ dy yᵀ`.
 fn inverse(b: &mut Builder<'_>, y: ValueId, dy: ValueId) -> Back {
-    let t = swapped(b, y)?;
+    let t = b.swap_last(y)?;
     let left = b.op1(Op::MatMul { trans_b: false }, &[t, dy])?;
     let d = b.op1(Op::MatMul { trans_b: true }, &[left, y])?;
     Ok(vec![Some(b.op1(Op::Unary(UnaryOp::Neg), &[d])?)])
@@ -306,7 +298,7 @@ fn mode_mul(b: &mut Builder<'_>, inner: u64, ins: &[ValueId], dy: ValueId, wante
     let (x, m) = (ins[0], ins[1]);
     let mut out = vec![None, None];
     if wanted[0] {
-        let t = swapped(b, m)?;
+        let t = b.swap_last(m)?;
         out[0] = Some(b.op1(Op::ModeMul { inner }, &[dy, t])?);
     }
     if wanted[1] {
@@ -358,7 +350,7 @@ fn matrix_rows(
         return b.op1(Op::Reshape(Shape(shape)), &[x]);
     }
     let x = b.op1(Op::Reshape(Shape(shape)), &[x])?;
-    swapped(b, x)
+    b.swap_last(x)
 }
 
 fn hadamard(

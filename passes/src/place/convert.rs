@@ -257,10 +257,7 @@ impl Rebuild<'_> {
             }
             Lin::Tr([m]) => {
                 let m = self.class(*m)?;
-                let rank = self.b.ty(m).shape.rank() as u8;
-                let mut perm: Vec<u8> = (0..rank).collect();
-                perm.swap(usize::from(rank) - 1, usize::from(rank) - 2);
-                self.b.op1(Op::Transpose(perm), &[m])
+                self.b.swap_last(m)
             }
             Lin::Num(_) => Err(Diag::new("Q0604", "a number is no value")),
             Lin::Leaf(key) => match self.f.as_weight(ValueId(key.index)) {

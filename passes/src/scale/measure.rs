@@ -46,8 +46,8 @@ pub(crate) fn inline(b: &mut Builder<'_>, f: &Func, args: &[ValueId]) -> Result<
     Ok(f.results.iter().map(|r| map[r]).collect())
 }
 
-/// `sum((a - b)²)` as `[1, 1, 1]`.
-fn squared_error(b: &mut Builder<'_>, a: ValueId, other: ValueId) -> Result<ValueId, Diag> {
+/// `sum((a - b)²)` as one number of the rank of `a`.
+pub(crate) fn squared_error(b: &mut Builder<'_>, a: ValueId, other: ValueId) -> Result<ValueId, Diag> {
     let d = b.binary(BinaryOp::Sub, a, other)?;
     let mut y = b.binary(BinaryOp::Mul, d, d)?;
     for axis in (0..b.ty(y).shape.rank()).rev() {

@@ -158,7 +158,7 @@ impl<'a> Factors<'a> {
     /// Which factor a run has.
     #[inline(always)]
     fn index(&self, run: usize) -> usize {
-        run % self.per_row * self.hi.len() / self.per_row
+        grid::factor_of(run, self.per_row, self.hi.len())
     }
 
     #[inline(always)]

@@ -57,24 +57,19 @@ pub(super) fn run(args: &EvalArgs, task: &Task, ui: &Ui) -> Result<(), Failure> 
         GenerateParams { sample: SampleParams::default(), max_new, stop: model.stop_tokens(&tokenizer) };
     let start = Instant::now();
     let (mut done, mut right) = (0, 0);
-    let mut fault = None;
+    let mut answers: Vec<Option<Result<Answer, Failure>>> = questions.iter().map(|_| None).collect();
     let mut on_done = |i: usize, c: &Continuation| {
-        match grade(task, &tokenizer, &questions[i], c) {
-            Ok(a) => right += usize::from(a.right),
-            Err(e) => fault = Some(e),
-        }
+        let answer = grade(task, &tokenizer, &questions[i], c);
+        right += usize::from(answer.as_ref().is_ok_and(|a| a.right));
+        answers[i] = Some(answer);
         done += 1;
         let note = format!("{right} right, accuracy {:.3}", right as f64 / done as f64);
         ui.progress("eval", done, prompts.len(), &note);
     };
-    let texts = generate_many(&session, &prompts, &params, &mut on_done)?;
-    if let Some(e) = fault {
-        return Err(e);
-    }
+    generate_many(&session, &prompts, &params, &mut on_done)?;
     ui.clear();
     let seconds = start.elapsed().as_secs_f64();
-    let answers: Vec<Answer> =
-        questions.iter().zip(&texts).map(|(q, c)| grade(task, &tokenizer, q, c)).collect::<Result<_, _>>()?;
+    let answers: Vec<Answer> = answers.into_iter().flatten().collect::<Result<_, _>>()?;
     if let Some(output) = output {
         output.write(answers.iter().zip(&questions).map(|(a, q)| a.json(q)))?;
     }
