@@ -101,13 +101,9 @@ pub(super) fn run(
                 let (outer, inner) = split(&ins[0].shape, at);
                 let (n, start, len) = (ins[0].shape[at], *start as usize, *len as usize);
                 let (x, y) = (ins[0].widened()?, floats(out)?);
-                let (each, y) = ((len * inner).max(1), &mut y[..outer * len * inner]);
-                let per_task = (CHUNK / each).max(1);
-                pool.for_chunks(y, per_task * each, |c, y| {
-                    for (i, y) in y.chunks_mut(each).enumerate() {
-                        let from = ((c * per_task + i) * n + start) * inner;
-                        y.copy_from_slice(&x[from..from + len * inner]);
-                    }
+                for_rows(pool, &mut y[..outer * len * inner], len * inner, |o, y| {
+                    let from = (o * n + start) * inner;
+                    y.copy_from_slice(&x[from..from + len * inner]);
                 });
                 Ok(())
             }
@@ -116,14 +112,9 @@ pub(super) fn run(
                 let (outer, inner) = split(&out_shape, at);
                 let (a, b) = (ins[0].widened()?, ins[1].widened()?);
                 let (na, nb) = (ins[0].shape[at] * inner, ins[1].shape[at] * inner);
-                let (each, y) = ((na + nb).max(1), &mut floats(out)?[..outer * (na + nb)]);
-                let per_task = (CHUNK / each).max(1);
-                pool.for_chunks(y, per_task * each, |c, y| {
-                    for (i, y) in y.chunks_mut(each).enumerate() {
-                        let o = c * per_task + i;
-                        y[..na].copy_from_slice(&a[o * na..(o + 1) * na]);
-                        y[na..].copy_from_slice(&b[o * nb..(o + 1) * nb]);
-                    }
+                for_rows(pool, &mut floats(out)?[..outer * (na + nb)], na + nb, |o, y| {
+                    y[..na].copy_from_slice(&a[o * na..(o + 1) * na]);
+                    y[na..].copy_from_slice(&b[o * nb..(o + 1) * nb]);
                 });
                 Ok(())
             }
@@ -170,6 +161,15 @@ pub(super) fn run(
             }
         },
     }
+}
+
+/// Calls `fill` with each row of `len` elements of `y` and its place, on all threads.
+fn for_rows(pool: &cpu::Pool, y: &mut [f32], len: usize, fill: impl Fn(usize, &mut [f32]) + Sync) {
+    let len = len.max(1);
+    let per_task = (CHUNK / len).max(1);
+    pool.for_chunks(y, per_task * len, |c, y| {
+        y.chunks_mut(len).enumerate().for_each(|(i, y)| fill(c * per_task + i, y));
+    });
 }
 
 fn split(shape: &[usize], axis: usize) -> (usize, usize) {
@@ -276,14 +276,11 @@ fn broadcast(m: &Machine, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> 
     let width = if single { 1 } else { n };
     let lead = &shape[..shape.len().saturating_sub(1)];
     let dims = &x.shape[..lead.len().saturating_sub(skip)];
-    let per_task = (CHUNK / n).max(1);
-    m.pool.for_chunks(y, per_task * n, |c, y| {
-        for (r, y) in y.chunks_mut(n).enumerate() {
-            let at = broadcast_index(c * per_task + r, lead, dims) * width;
-            match single {
-                true => y.fill(data[at]),
-                false => y.copy_from_slice(&data[at..at + n]),
-            }
+    for_rows(&m.pool, y, n, |r, y| {
+        let at = broadcast_index(r, lead, dims) * width;
+        match single {
+            true => y.fill(data[at]),
+            false => y.copy_from_slice(&data[at..at + n]),
         }
     });
     Ok(())

@@ -7,24 +7,33 @@ use super::prims::{Out, broadcast_index, floats};
 use super::{Factors, Machine, Stored};
 use crate::cpu::{self, AttnShape, MatRef};
 
+/// A product on the matrix unit, if it is one of those: `outer`, or a plain matrix on the right, which serves all rows of
+/// a batch at once. `a` and `b` are the elements of the operands.
+fn on_unit(
+    m: &Machine,
+    factors: Factors,
+    op: &Op,
+    ins: &[In<'_>],
+    (a, b): (&[f32], &[f32]),
+    out: &mut Out,
+) -> Result<bool, EngineError> {
+    let n = out.0.last().copied().unwrap_or(1);
+    let (left, right, shape) = match op {
+        Op::MatMul { trans_b } if ins[1].shape.len() == 2 => {
+            let k = ins[0].shape.last().copied().unwrap_or(1);
+            let right = if *trans_b { Stored::Rows(b) } else { Stored::Columns(b) };
+            (Stored::Rows(a), right, (a.len() / k.max(1), k, n))
+        }
+        Op::Outer => (Stored::Columns(a), Stored::Columns(b), (out.0[0], a.len() / out.0[0].max(1), n)),
+        _ => return Ok(false),
+    };
+    Ok(m.unit_product(factors, left, right, shape, floats(out)?))
+}
+
 /// A product of factors that are rounded to bfloat16 first.
 pub(super) fn bf16(m: &Machine, op: &Op, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
     let (a, b) = (ins[0].widened()?, ins[1].widened()?);
-    let n = out.0.last().copied().unwrap_or(1);
-    let on_unit = match op {
-        Op::MatMul { trans_b } if ins[1].shape.len() == 2 => {
-            let k = ins[0].shape.last().copied().unwrap_or(1);
-            let right = if *trans_b { Stored::Rows(&b) } else { Stored::Columns(&b) };
-            Some((Stored::Rows(&a), right, (a.len() / k.max(1), k, n)))
-        }
-        Op::Outer => {
-            Some((Stored::Columns(&a), Stored::Columns(&b), (out.0[0], a.len() / out.0[0].max(1), n)))
-        }
-        _ => None,
-    };
-    if let Some((a, b, shape)) = on_unit
-        && m.unit_product(Factors::Bf16, a, b, shape, floats(out)?)
-    {
+    if on_unit(m, Factors::Bf16, op, ins, (&a, &b), out)? {
         return Ok(());
     }
     let round = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect() };
@@ -74,6 +83,9 @@ pub(super) fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) 
     let (rows, k) = (a.shape[ra - 2], a.shape[ra - 1]);
     let n = shape[shape.len() - 1];
     let (av, bv) = (a.widened()?, b.widened()?);
+    if on_unit(m, Factors::F32, &Op::MatMul { trans_b }, ins, (&av, &bv), out)? {
+        return Ok(());
+    }
     let y = floats(out)?;
     let right = |data| {
         if trans_b { MatRef::new(data, n, k).t() } else { MatRef::new(data, k, n) }
@@ -81,10 +93,6 @@ pub(super) fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) 
     // A plain matrix on the right serves all rows of a batch at once.
     if rb == 2 {
         let rows = av.len() / k.max(1);
-        let stored = if trans_b { Stored::Rows(&bv) } else { Stored::Columns(&bv) };
-        if m.unit_product(Factors::F32, Stored::Rows(&av), stored, (rows, k, n), y) {
-            return Ok(());
-        }
         cpu::matmul(&m.pool, m.isa, MatRef::new(&av, rows, k), right(&bv), y, n);
         return Ok(());
     }
@@ -117,8 +125,7 @@ pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), En
     let (a, b) = (ins[0].widened()?, ins[1].widened()?);
     let (a, b) = (&a[..], &b[..]);
     let count = a.len() / rows.max(1);
-    if m.unit_product(Factors::F32, Stored::Columns(a), Stored::Columns(b), (rows, count, cols), floats(out)?)
-    {
+    if on_unit(m, Factors::F32, &Op::Outer, ins, (a, b), out)? {
         return Ok(());
     }
     if rows == cols && std::ptr::eq(a, b) {

@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use arrow_array::cast::AsArray;
@@ -15,7 +14,7 @@ use arrow_schema::{ArrowError, DataType, Schema};
 use serde_json::{Map, Value};
 
 use super::TextError;
-use super::rows::{Column, Layout, Wanted};
+use super::rows::{Column, Layout, Sink, Wanted, guarded};
 
 const HINT: &str =
     "check that the file is complete; parquet or JSON lines with the same columns can be read instead";
@@ -23,9 +22,6 @@ const HINT: &str =
 const MARK: &[u8; 8] = b"ARROW1\0\0";
 /// Bytes that are read at a time.
 const CHUNK: usize = 1 << 20;
-
-/// Takes one row; `Ok(false)` ends the reading.
-pub(super) type Sink<'a> = dyn FnMut(&Layout, Map<String, Value>) -> Result<bool, TextError> + 'a;
 
 /// Reads the columns that make the text of a file; `sink` takes a row and says whether to go on.
 pub(super) fn read(
@@ -35,8 +31,7 @@ pub(super) fn read(
     sink: &mut Sink<'_>,
 ) -> Result<(), TextError> {
     // Buffers that contradict their message make the decoder panic instead of returning an error.
-    catch_unwind(AssertUnwindSafe(|| read_inner(path, wanted, max_bytes, sink)))
-        .unwrap_or_else(|_| Err(TextError::at(path, "the Arrow data contradicts its own schema", HINT)))
+    guarded(path, "Arrow", HINT, || read_inner(path, wanted, max_bytes, sink))
 }
 
 fn read_inner(path: &Path, wanted: Wanted<'_>, max_bytes: u64, sink: &mut Sink<'_>) -> Result<(), TextError> {

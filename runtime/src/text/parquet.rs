@@ -1,7 +1,6 @@
 //! Rows of a parquet file, by the record reader of the `parquet` crate, as JSON values.
 
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -14,12 +13,9 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::TextError;
-use super::rows::{Column, Layout, Wanted};
+use super::rows::{Column, Layout, Sink, Wanted, guarded};
 
 const HINT: &str = "check that the file is complete; JSON lines with the same columns can be read instead";
-
-/// Takes one row; `Ok(false)` ends the reading.
-pub(super) type Sink<'a> = dyn FnMut(&Layout, Map<String, Value>) -> Result<bool, TextError> + 'a;
 
 /// Reads the columns that make the text of a file; `sink` takes a row and says whether to go on.
 pub(super) fn read(
@@ -29,8 +25,7 @@ pub(super) fn read(
     sink: &mut Sink<'_>,
 ) -> Result<(), TextError> {
     // The record reader asserts on some malformed files instead of returning an error.
-    catch_unwind(AssertUnwindSafe(|| read_inner(path, wanted, max_bytes, sink)))
-        .unwrap_or_else(|_| Err(TextError::at(path, "the parquet data contradicts its own schema", HINT)))
+    guarded(path, "parquet", HINT, || read_inner(path, wanted, max_bytes, sink))
 }
 
 fn read_inner(path: &Path, wanted: Wanted<'_>, max_bytes: u64, sink: &mut Sink<'_>) -> Result<(), TextError> {

@@ -1,11 +1,27 @@
 //! From the columns of a data set to the text (or the messages) of each row.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::TextError;
 use super::chat::Message;
+
+/// Takes one row of a table; `Ok(false)` ends the reading.
+pub(super) type Sink<'a> = dyn FnMut(&Layout, Map<String, Value>) -> Result<bool, TextError> + 'a;
+
+/// Runs a reader of tables that panics on some damaged files instead of returning an error.
+pub(super) fn guarded(
+    path: &Path,
+    format: &str,
+    hint: &str,
+    read: impl FnOnce() -> Result<(), TextError>,
+) -> Result<(), TextError> {
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        Err(TextError::at(path, format!("the {format} data contradicts its own schema"), hint))
+    })
+}
 
 /// One row of a corpus.
 #[derive(Debug, Clone, PartialEq, Eq)]
