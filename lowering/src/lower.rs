@@ -9,8 +9,9 @@ use qrmc_ir::{
     Diag, Elem, Func, Module, Node, Op, Place, TensorType, ValueId, Verified, expand, extract, infer, rewrite,
 };
 
-use crate::program::{Arg, Buffer, Const, Kernel, Program, Size, Step, is_bias_add};
+use crate::program::{Arg, Buffer, Const, Kernel, Program, Size, Step};
 use crate::target::{Legality, Target};
+use fuse::Fusion;
 
 /// Lowers every function of a verified module.
 ///
@@ -33,10 +34,11 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
     let derived = legal.weight_derived();
     // Without parameters there is nothing to prepare for: all of it runs once.
     let hoist = !legal.params.is_empty();
-    let absorbed = fuse::absorbed(&legal);
+    let derived = if hoist { derived } else { vec![false; legal.value_count()] };
+    let fusion = Fusion::of(&legal, |v| derived[v.0 as usize] || legal.as_weight(v).is_some());
     let mut l = Lowering {
         func: &legal,
-        derived: if hoist { derived } else { vec![false; legal.value_count()] },
+        derived,
         args: HashMap::new(),
         weights: order.clone(),
         derived_roots: Vec::new(),
@@ -50,8 +52,8 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
             steps: Vec::new(),
             results: Vec::new(),
         },
-        plan: Plan::of(&legal, &absorbed),
-        absorbed,
+        plan: Plan::of(&legal, &fusion.absorbed),
+        fusion,
     };
     l.program.weights = l.weights.iter().map(|(_, ty)| ty.clone()).collect();
     l.run();
@@ -170,6 +172,12 @@ impl Plan {
                 last_use[alias[v.0 as usize].0 as usize] = n;
             }
         }
+        for (n, node) in func.nodes.iter().enumerate() {
+            for v in fuse::on_grid(func, node).iter().flatten().flat_map(|cast| &cast.ins) {
+                let last = &mut last_use[alias[v.0 as usize].0 as usize];
+                *last = (*last).max(n);
+            }
+        }
         // What an absorbed node reads is read where its result is.
         for (n, node) in func.nodes.iter().enumerate() {
             for v in node.ins.iter().filter(|_| absorbed[n].is_some()) {
@@ -186,7 +194,7 @@ impl Plan {
 
 struct Lowering<'a> {
     func: &'a Func,
-    absorbed: Vec<Option<usize>>,
+    fusion: Fusion,
     derived: Vec<bool>,
     args: HashMap<ValueId, Arg>,
     weights: Vec<(qrmc_ir::WeightId, TensorType)>,
@@ -201,12 +209,11 @@ impl Lowering<'_> {
         for (i, &p) in func.params.iter().enumerate() {
             self.args.insert(p, Arg::Param(i as u32));
         }
-        let users = func.users();
         let mut done = vec![false; func.nodes.len()];
         let mut busy: Vec<Option<usize>> = Vec::new();
         for (n, node) in func.nodes.iter().enumerate() {
             let constant = matches!(node.op, Op::Weight(_)) || self.derived[node.outs[0].0 as usize];
-            if done[n] || constant || self.absorbed[n].is_some() {
+            if done[n] || constant || self.fusion.absorbed[n].is_some() {
                 continue;
             }
             if matches!(node.op, Op::Reshape(_)) {
@@ -214,8 +221,7 @@ impl Lowering<'_> {
                 self.args.insert(node.outs[0], arg);
                 continue;
             }
-            let (kernel, mut ins, outs) = (Kernel::Op(node.op.clone()), node.ins.clone(), node.outs.clone());
-            let (kernel, outs) = self.fuse(kernel, &mut ins, outs, &users, &mut done, n);
+            let (kernel, ins, outs) = self.fuse(n, &mut done);
             let ins: Vec<(Arg, TensorType)> =
                 ins.iter().map(|&v| (self.arg(v), func.ty(v).clone())).collect();
             let mut out_slots = Vec::new();
@@ -236,58 +242,34 @@ impl Lowering<'_> {
         self.program.results = results.iter().map(|&r| (self.arg(r), func.ty(r).clone())).collect();
     }
 
-    /// Recognises `linear`, `linear + bias`, `silu * up` and products of bfloat16; marks the nodes that the kernel takes over.
-    fn fuse(
-        &self,
-        kernel: Kernel,
-        ins: &mut Vec<ValueId>,
-        outs: Vec<ValueId>,
-        users: &[Vec<usize>],
-        done: &mut [bool],
-        at: usize,
-    ) -> (Kernel, Vec<ValueId>) {
-        let func = self.func;
-        let only_user = |v: ValueId| match users[v.0 as usize][..] {
-            [n] if !func.results.contains(&v) => Some((n, &func.nodes[n])),
-            _ => None,
-        };
-        match kernel {
-            Kernel::Op(Op::MatMul { trans_b: true })
-                if self.is_const(ins[1])
-                    && func.ty(ins[1]).shape.rank() == 2
-                    && fuse::bf16_factors(func, &func.nodes[at]).is_none() =>
-            {
-                if let Some((n, next)) = only_user(outs[0]) {
-                    let other = next.ins.iter().find(|v| **v != outs[0]).copied();
-                    let bias = other.filter(|&b| is_bias_add(&next.op, func.ty(b), func.ty(outs[0])));
-                    if let Some(bias) = bias.filter(|&b| self.is_const(b)) {
-                        ins.push(bias);
-                        done[n] = true;
-                        return (Kernel::Linear, next.outs.clone());
-                    }
+    /// The kernel that computes a node, what it reads and what it writes; marks a later node that it computes too.
+    fn fuse(&self, at: usize, done: &mut [bool]) -> (Kernel, Vec<ValueId>, Vec<ValueId>) {
+        let (func, node) = (self.func, &self.func.nodes[at]);
+        let (ins, outs) = (node.ins.clone(), node.outs.clone());
+        if fuse::is_linear(func, node, &|v| self.is_const(v)) {
+            return match self.fusion.bias(at) {
+                Some((n, bias)) => {
+                    done[n] = true;
+                    (Kernel::Linear, [&ins[..], &[bias]].concat(), func.nodes[n].outs.clone())
                 }
-                (Kernel::Linear, outs)
-            }
-            Kernel::Op(Op::Binary(qrmc_ir::BinaryOp::Mul)) => {
-                if let Some((gate, up)) = fuse::silu_product(func, &func.nodes[at], users) {
-                    *ins = vec![func.def_node(gate).map_or(gate, |n| n.ins[0]), up];
-                    return (Kernel::SiluMul, outs);
-                }
-                (kernel, outs)
-            }
-            Kernel::Op(op @ (Op::MatMul { .. } | Op::Outer)) => {
-                let node = &func.nodes[at];
-                let (kernel, factors) =
-                    match (fuse::swapped_factors(func, node), fuse::bf16_factors(func, node)) {
-                        (Some(factors), _) => (Kernel::OuterMiddle, factors),
-                        (None, Some(factors)) => (Kernel::Bf16(op), factors),
-                        (None, None) => return (Kernel::Op(op), outs),
-                    };
-                *ins = factors.to_vec();
-                (kernel, outs)
-            }
-            _ => (kernel, outs),
+                None => (Kernel::Linear, ins, outs),
+            };
         }
+        if let Some((kernel, ins)) = self.fusion.map(func, at) {
+            return (kernel, ins, outs);
+        }
+        if let Some(factors) = fuse::swapped_factors(func, node) {
+            return (Kernel::OuterMiddle, factors.to_vec(), outs);
+        }
+        if let Some(factors) = fuse::bf16_factors(func, node) {
+            return (Kernel::Bf16(node.op.clone()), factors.to_vec(), outs);
+        }
+        if let Some([x, w]) = fuse::on_grid(func, node) {
+            let casts = Box::new([x.op.clone(), w.op.clone()]);
+            let ins = [&ins[..], &x.ins, &w.ins].concat();
+            return (Kernel::OnGrid { casts, split: x.ins.len() }, ins, outs);
+        }
+        (Kernel::Op(node.op.clone()), ins, outs)
     }
 
     fn is_const(&self, v: ValueId) -> bool {

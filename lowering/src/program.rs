@@ -33,15 +33,69 @@ pub enum Const {
     Derived(u32),
 }
 
+/// How an operand of an elementwise operation lies over the result, `[rows, n]` with all leading axes as one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Spread {
+    /// It has the shape of the result.
+    All,
+    /// `[n]`, the same for each row.
+    Vector,
+    /// `[rows, 1]`, one number for each row.
+    Rows,
+    /// One number.
+    One,
+}
+
+impl Spread {
+    /// How a tensor of shape `x` lies over one of shape `whole`, if it is one of these.
+    pub(crate) fn of(x: &Shape, whole: &Shape) -> Option<Self> {
+        let one = Dim::Fixed(1);
+        if x == whole {
+            return Some(Spread::All);
+        }
+        if x.0.iter().all(|d| *d == one) {
+            return Some(Spread::One);
+        }
+        let ((x_last, x_lead), (last, lead)) = (x.0.split_last()?, whole.0.split_last()?);
+        if x_last == last && x_lead.iter().all(|d| *d == one) {
+            return Some(Spread::Vector);
+        }
+        (*x_last == one && x_lead == lead).then_some(Spread::Rows)
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Spread::All => "all",
+            Spread::Vector => "vector",
+            Spread::Rows => "rows",
+            Spread::One => "one",
+        }
+    }
+}
+
 /// One kernel.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Kernel {
     /// `x, w [, bias] -> x wᵀ [+ bias]` with a constant `w`, dense or packed.
     Linear,
-    /// `gate, up -> silu(gate) * up`
-    SiluMul,
+    /// Elementwise operations in one pass over memory. Values are numbered: the operands, then the results of the
+    /// operations in order; the last of these is the result.
+    Map {
+        /// How each operand lies over the result.
+        ins: Vec<Spread>,
+        /// The operations, each with the values that it reads.
+        steps: Vec<(Op, Vec<usize>)>,
+    },
     /// `a[.., m, c], b[.., n, c] -> [m, n]`: `outer` of two operands whose last axes are swapped first.
     OuterMiddle,
+    /// `x wᵀ` of two matrices whose rows are whole numbers times a scale, as a product of these numbers. Operands are the
+    /// two, then for each the operands of the `fake_quant` that it is the result of.
+    OnGrid {
+        /// The two operations.
+        casts: Box<[Op; 2]>,
+        /// How many operands the first has.
+        split: usize,
+    },
     /// A product, `matmul` or `outer`, of factors that are rounded to bfloat16 first.
     Bf16(Op),
     /// Any operation as it stands in the IR.
@@ -52,8 +106,18 @@ impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Kernel::Linear => f.write_str("linear"),
-            Kernel::SiluMul => f.write_str("silu_mul"),
+            Kernel::Map { ins, steps } => {
+                let spread: Vec<&str> = ins.iter().map(|s| s.name()).collect();
+                write!(f, "map ({}) {{", spread.join(", "))?;
+                for (i, (op, args)) in steps.iter().enumerate() {
+                    let args: Vec<String> = args.iter().map(|v| format!("%{v}")).collect();
+                    let (end, word) = (if i == 0 { "" } else { "; " }, op.text().0);
+                    write!(f, "{end}%{} = {word} {}", ins.len() + i, args.join(", "))?;
+                }
+                f.write_str("}")
+            }
             Kernel::OuterMiddle => f.write_str("outer_middle"),
+            Kernel::OnGrid { .. } => f.write_str("matmul.t on grids"),
             Kernel::Bf16(op) | Kernel::Op(op) => {
                 if matches!(self, Kernel::Bf16(_)) {
                     f.write_str("bf16 ")?;

@@ -264,7 +264,13 @@ fn rows_and_elements(pool: &Pool, isa: Isa) {
             binary(pool, isa, BinaryOp::Mul, (a, &[rows, n]), (g, &[n]), o2);
         }),
         case("exp", 8.0 * len, "GB/s", || unary(pool, isa, UnaryOp::Exp, a, o3)),
-        case("silu_mul", 12.0 * len, "GB/s", || silu_mul(pool, isa, a, b, o4)),
+        case("silu and a product, one pass", 12.0 * len, "GB/s", || {
+            let steps = [
+                MapStep { op: MapOp::Unary(UnaryOp::Silu), args: [0, 0] },
+                MapStep { op: MapOp::Binary(BinaryOp::Mul), args: [2, 1] },
+            ];
+            map(pool, isa, &[MapIn::All(a), MapIn::All(b)], &steps, n, o4);
+        }),
         case("rms_norm", 8.0 * len, "GB/s", || rms_norm(pool, isa, a, n, Some(g), 1e-5, o5)),
         case("rms_norm per head of 64", 8.0 * len, "GB/s", || rms_norm(pool, isa, a, 64, None, 1e-5, o6)),
         case("rope, 9 heads of 64", 8.0 * len, "GB/s", || rope(pool, isa, a, 9, 64, table, table, o7)),

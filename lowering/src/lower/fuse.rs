@@ -1,59 +1,143 @@
 //! Operations that are computed where their results are read.
 
-use qrmc_ir::{BinaryOp, Elem, Func, Node, Op, ValueId};
+use qrmc_ir::{Elem, Func, Grain, Node, Op, Rule, Shape, UnaryOp, ValueId};
 
-/// For each node that is computed where it is read, the last node that does so.
-pub(super) fn absorbed(func: &Func) -> Vec<Option<usize>> {
-    let users = func.users();
-    let mut out: Vec<Option<usize>> = vec![None; func.nodes.len()];
-    for (n, node) in func.nodes.iter().enumerate().rev() {
-        let [v] = node.outs[..] else { continue };
-        let readers = &users[v.0 as usize];
-        let inside = |&u: &usize| {
-            let user = &func.nodes[u];
-            match node.op {
-                Op::Silu => {
-                    is_mul(user) && silu_product(func, user, &users).is_some_and(|(gate, _)| gate == v)
-                }
-                Op::Cast(Elem::F32) => bf16_factors(func, user).is_some() && rounded(func, v).is_some(),
-                Op::Transpose(_) => swapped_factors(func, user).is_some(),
-                // The other half of a rounding, which goes with it.
-                Op::Cast(Elem::BF16) => user.op == Op::Cast(Elem::F32) && out[u].is_some(),
-                _ => false,
-            }
+use crate::program::{Kernel, Spread, is_bias_add};
+
+/// What is computed where.
+pub(super) struct Fusion {
+    /// For each node that is computed where it is read, the last node that does so.
+    pub(super) absorbed: Vec<Option<usize>>,
+    /// For each node that is one of elementwise operations in a row, the last of them, which is computed in its place.
+    chain: Vec<Option<usize>>,
+    /// For each product that a bias is added to, the addition and the bias.
+    bias: Vec<Option<(usize, ValueId)>>,
+}
+
+impl Fusion {
+    /// `constant` says which values are there before the function runs.
+    pub(super) fn of(func: &Func, constant: impl Fn(ValueId) -> bool) -> Self {
+        let users = func.users();
+        let only_reader = |v: ValueId| match users[v.0 as usize][..] {
+            [n] if !func.results.contains(&v) => Some(n),
+            _ => None,
         };
-        if !readers.is_empty() && !func.results.contains(&v) && readers.iter().all(inside) {
-            out[n] = readers.iter().map(|&u| out[u].unwrap_or(u)).max();
+        let bias = |node: &Node| {
+            let [y] = node.outs[..] else { return None };
+            let n = only_reader(y).filter(|_| is_linear(func, node, &constant))?;
+            let next = &func.nodes[n];
+            let bias = *next.ins.iter().find(|v| **v != y)?;
+            (is_bias_add(&next.op, func.ty(bias), func.ty(y)) && constant(bias)).then_some((n, bias))
+        };
+        let bias: Vec<Option<(usize, ValueId)>> = func.nodes.iter().map(bias).collect();
+        let adds_bias: Vec<usize> = bias.iter().flatten().map(|(n, _)| *n).collect();
+        let count = func.nodes.len();
+        let mut out = Fusion { absorbed: vec![None; count], chain: vec![None; count], bias };
+        for (n, node) in func.nodes.iter().enumerate().rev() {
+            let [v] = node.outs[..] else { continue };
+            let mapped = is_map(func, node) && !constant(v) && !adds_bias.contains(&n);
+            out.chain[n] = mapped.then_some(n);
+            let readers = &users[v.0 as usize];
+            if readers.is_empty() || func.results.contains(&v) {
+                continue;
+            }
+            if mapped {
+                let same = |end: &usize| {
+                    shape(func, *end) == shape(func, n) && readers.iter().all(|&u| out.chain[u] == Some(*end))
+                };
+                if let Some(end) = out.chain[readers[0]].filter(same) {
+                    (out.chain[n], out.absorbed[n]) = (Some(end), Some(end));
+                }
+                continue;
+            }
+            let inside = |&u: &usize| match node.op {
+                Op::Cast(Elem::F32) => {
+                    bf16_factors(func, &func.nodes[u]).is_some() && rounded(func, v).is_some()
+                }
+                Op::Transpose(_) => swapped_factors(func, &func.nodes[u]).is_some(),
+                // The other half of a rounding, which goes with it.
+                Op::Cast(Elem::BF16) => func.nodes[u].op == Op::Cast(Elem::F32) && out.absorbed[u].is_some(),
+                _ => false,
+            };
+            if readers.iter().all(inside) {
+                out.absorbed[n] = readers.iter().map(|&u| out.absorbed[u].unwrap_or(u)).max();
+            }
         }
+        out
     }
-    out
+
+    /// The addition of a bias to the result of this node, and the bias, if one kernel does both.
+    pub(super) fn bias(&self, node: usize) -> Option<(usize, ValueId)> {
+        self.bias[node]
+    }
+
+    /// The elementwise operations that end with this node, if they are several, and what they read.
+    pub(super) fn map(&self, func: &Func, end: usize) -> Option<(Kernel, Vec<ValueId>)> {
+        let members: Vec<&Node> =
+            (0..=end).filter(|&n| self.chain[n] == Some(end)).map(|n| &func.nodes[n]).collect();
+        if members.len() < 2 {
+            return None;
+        }
+        let inner: Vec<ValueId> = members.iter().map(|n| n.outs[0]).collect();
+        let mut ins: Vec<ValueId> = Vec::new();
+        for v in members.iter().flat_map(|n| &n.ins) {
+            if !inner.contains(v) && !ins.contains(v) {
+                ins.push(*v);
+            }
+        }
+        let number = |v: &ValueId| ins.iter().chain(&inner).position(|w| w == v);
+        let step = |n: &&Node| Some((n.op.clone(), n.ins.iter().map(number).collect::<Option<_>>()?));
+        let steps = members.iter().map(step).collect::<Option<_>>()?;
+        let whole = shape(func, end);
+        let spread = ins.iter().map(|&v| Spread::of(&func.ty(v).shape, whole)).collect::<Option<_>>()?;
+        Some((Kernel::Map { ins: spread, steps }, ins))
+    }
 }
 
-fn is_mul(node: &Node) -> bool {
-    node.op == Op::Binary(BinaryOp::Mul)
+fn shape(func: &Func, node: usize) -> &Shape {
+    &func.ty(func.nodes[node].outs[0]).shape
 }
 
-/// The `silu` and the other factor of a product that is one kernel: of one type, and the `silu` is read by it alone.
-pub(super) fn silu_product(func: &Func, node: &Node, users: &[Vec<usize>]) -> Option<(ValueId, ValueId)> {
-    let [a, b] = node.ins[..] else { return None };
-    let fits = |gate: ValueId, up: ValueId| {
-        let silu = func.def_node(gate).is_some_and(|n| n.op == Op::Silu);
-        let alone = users[gate.0 as usize].len() == 1 && !func.results.contains(&gate);
-        silu && alone && gate != up && func.ty(gate) == func.ty(up)
-    };
-    if fits(a, b) {
-        Some((a, b))
-    } else if fits(b, a) {
-        Some((b, a))
-    } else {
-        None
-    }
+/// Whether a node is `x wᵀ` with a constant matrix.
+pub(super) fn is_linear(func: &Func, node: &Node, constant: &impl Fn(ValueId) -> bool) -> bool {
+    node.op == Op::MatMul { trans_b: true }
+        && constant(node.ins[1])
+        && func.ty(node.ins[1]).shape.rank() == 2
+        && bf16_factors(func, node).is_none()
+}
+
+/// Whether a node is an elementwise operation in `f32` that may be one of several in a pass.
+fn is_map(func: &Func, node: &Node) -> bool {
+    let whole = &func.ty(node.outs[0]).shape;
+    node.ins.iter().chain(&node.outs).all(|&v| func.ty(v).elem == Elem::F32)
+        && match node.op {
+            Op::Unary(UnaryOp::Cos | UnaryOp::Sin) => false,
+            Op::Unary(_) | Op::Silu => true,
+            Op::Binary(_) => node.ins.iter().all(|&v| Spread::of(&func.ty(v).shape, whole).is_some()),
+            _ => false,
+        }
 }
 
 /// The factors, before rounding, of a product of two that are rounded to bfloat16.
 pub(super) fn bf16_factors(func: &Func, node: &Node) -> Option<[ValueId; 2]> {
     let ([a, b], Op::MatMul { .. } | Op::Outer) = (&node.ins[..], &node.op) else { return None };
     Some([rounded(func, *a)?, rounded(func, *b)?])
+}
+
+/// The two `fake_quant` whose results `x wᵀ` multiplies, if each row of these has one scale, which takes one look at
+/// the row to find again.
+pub(super) fn on_grid<'a>(func: &'a Func, node: &Node) -> Option<[&'a Node; 2]> {
+    let ([x, w], Op::MatMul { trans_b: true }) = (&node.ins[..], &node.op) else { return None };
+    let cast = |v: ValueId| {
+        func.def_node(v).filter(|n| match n.op {
+            Op::FakeQuant(spec, rule) => {
+                let row = matches!(spec.grain, Grain::Row | Grain::Token);
+                row && rule != Rule::Mse && func.ty(v).elem == Elem::F32
+            }
+            _ => false,
+        })
+    };
+    (func.ty(*w).shape.rank() == 2).then_some([cast(*x)?, cast(*w)?])
 }
 
 /// What `v` is the nearest bfloat16 of, in `f32` both.

@@ -67,6 +67,16 @@ impl<'a, T: Copy> MatRef<'a, T> {
         &self.data[i * self.row_stride..i * self.row_stride + self.cols]
     }
 
+    /// From a row to the next, and from a column to the next.
+    pub(crate) fn strides(&self) -> (usize, usize) {
+        (self.row_stride, self.col_stride)
+    }
+
+    /// Element `(0, 0)`.
+    pub(crate) fn as_ptr(&self) -> *const T {
+        self.data.as_ptr()
+    }
+
     /// Element `(i, j)`.
     pub(crate) fn at(&self, i: usize, j: usize) -> T {
         self.data[i * self.row_stride + j * self.col_stride]

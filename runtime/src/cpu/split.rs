@@ -5,16 +5,16 @@
 //! `|x| |x'|` for each pair: enough for comparing losses, not a replacement for `f32` where results are kept. With
 //! [`Parts::High`] it is `h h'` alone, as in training with bfloat16 products. The sum over the inner dimension runs in
 //! one fixed order, so the bytes do not depend on threads.
-#![allow(unsafe_code, reason = "AMX has no stable intrinsics; its instructions are written out")]
-
-use std::arch::asm;
+#![allow(unsafe_code, reason = "tasks write disjoint blocks of one output")]
 
 use super::pool::{Pool, Scratch, SharedMut};
 use super::simd::Isa;
 
 mod pack;
+mod unit;
 
 pub use pack::Operand;
+use unit::{Tiles, multiply};
 
 /// Rows and columns of a block that one pass over the inner dimension computes: two tiles by two.
 const BLOCK: usize = 32;
@@ -23,7 +23,7 @@ const DEPTH: usize = 32;
 /// 16-bit elements of the tiles of one part in a packed step: two tiles.
 const PART: usize = 2 * 16 * DEPTH;
 /// Row blocks that one task computes against all columns of its share.
-const TASK_BLOCKS: usize = 8;
+const TASK_BLOCKS: usize = 4;
 /// Steps of one pass over the rows: 24 KiB of the right side.
 const RUN: usize = 6;
 
@@ -43,7 +43,7 @@ pub struct Amx(());
 impl Amx {
     /// Asks the machine and the system for the matrix unit; call before threads are started.
     pub fn request() -> Option<Amx> {
-        if detect() && permit() { Some(Amx(())) } else { None }
+        if unit::detect() && unit::permit() { Some(Amx(())) } else { None }
     }
 
     /// `out[m, n] = a bᵀ` for `a[m, k]` and `b[n, k]`; `out` is row-major and dense.
@@ -85,6 +85,10 @@ impl Amx {
             return;
         }
         let mirrored = m == n && a == b;
+        let scales = a.scales().zip(b.scales());
+        assert_eq!(a.scales().is_some(), b.scales().is_some(), "one operand on a grid");
+        let count = scales.map_or((m, n), |(a, b)| (a.len(), b.len()));
+        assert_eq!(count, (m, n), "scales of the rows of a product [{m}, {k}] x [{k}, {n}]");
         let steps = k.div_ceil(DEPTH);
         let (rows, cols) = (m.div_ceil(BLOCK), n.div_ceil(BLOCK));
         // Two 16-bit parts take as much room as one float; 16 floats more let the data start on a cache line.
@@ -92,8 +96,8 @@ impl Amx {
         let mut right = scratch.take(cols * steps * step / 2 + 16);
         let (left, right) = (aligned(&mut left), aligned(&mut right));
         let isa = Isa::detect();
-        pool.for_chunks(left, steps * step, |i, out| a.pack::<PARTS, false>(isa, (m, k), i * BLOCK, out));
-        pool.for_chunks(right, steps * step, |i, out| b.pack::<PARTS, true>(isa, (n, k), i * BLOCK, out));
+        a.pack::<PARTS, false>(pool, isa, (m, k), left);
+        b.pack::<PARTS, true>(pool, isa, (n, k), right);
         let (left, right) = (&*left, &*right);
         // Column shares keep both threads busy when there are few rows.
         let share = if rows >= 4 * TASK_BLOCKS { cols } else { cols.div_ceil(4) };
@@ -127,6 +131,18 @@ impl Amx {
                         unsafe { multiply::<PARTS>(a, b, run, from > 0, to, stride) };
                     }
                 }
+                if let Some((down, across)) = scales {
+                    let across = &across[c * BLOCK..][..width];
+                    for (r, i) in (r0..r1).flat_map(|r| (0..height(r)).map(move |i| (r, i))) {
+                        let row = match aside(r) {
+                            // SAFETY: inside `out`; each block is written by one task.
+                            false => unsafe { out.part(at(r) + i * n, width) },
+                            true => &mut edge.0[r % TASK_BLOCKS][i * BLOCK..][..width],
+                        };
+                        let s = down[r * BLOCK + i];
+                        row.iter_mut().zip(across).for_each(|(y, t)| *y *= s * t);
+                    }
+                }
                 for r in (r0..r1).filter(|&r| aside(r)) {
                     let block = &edge.0[r % TASK_BLOCKS];
                     for i in 0..height(r) {
@@ -153,154 +169,6 @@ fn aligned(buf: &mut [f32]) -> &mut [u16] {
     let skip = buf.as_ptr().align_offset(64).min(16);
     let len = buf.len() - 16;
     bytemuck::cast_slice_mut(&mut buf[skip..skip + len])
-}
-
-/// This thread's tile registers, given back when dropped.
-struct Tiles;
-
-impl Tiles {
-    fn configure() -> Self {
-        let mut config = [0u8; 64];
-        config[0] = 1;
-        for t in 0..8 {
-            // Bytes of a row, and rows.
-            config[16 + 2 * t] = 64;
-            config[48 + t] = 16;
-        }
-        // SAFETY: only an `Amx` calls this; the configuration is a valid palette 1 in 64 readable bytes.
-        unsafe { asm!("ldtilecfg [{0}]", in(reg) config.as_ptr(), options(nostack, readonly)) };
-        Tiles
-    }
-}
-
-impl Drop for Tiles {
-    fn drop(&mut self) {
-        // SAFETY: the tiles were configured by `configure` on this thread; a `Tiles` stays in its task.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
-    }
-}
-
-/// `out[32, 32] = a b`, or `out + a b` if `add`, over packed operands of `steps` steps; rows of `out` are `stride`
-/// elements apart.
-///
-/// # Safety
-/// The tiles of this thread are configured as [`Tiles::configure`] does. The block at `out` is valid and written by
-/// nobody else.
-unsafe fn multiply<const PARTS: usize>(
-    a: &[u16],
-    b: &[u16],
-    steps: usize,
-    add: bool,
-    out: *mut f32,
-    stride: usize,
-) {
-    assert!(a.len() == steps * PARTS * PART && b.len() == a.len());
-    /// The loop over steps; what it reads of each is `$body`, and `$bytes` long in each operand.
-    macro_rules! tiles {
-        ($bytes:literal, $($body:literal),*) => {
-            asm!(
-                "test {z}, {z}",
-                "jz 4f",
-                "tileloadd tmm0, [{c} + {t}*1]",
-                "tileloadd tmm1, [{c} + {t}*1 + 64]",
-                "tileloadd tmm2, [{d} + {t}*1]",
-                "tileloadd tmm3, [{d} + {t}*1 + 64]",
-                "jmp 5f",
-                "4:",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "5:",
-                "test {n}, {n}",
-                "jz 3f",
-                "2:",
-                "tileloadd tmm4, [{a} + {s}*1]",
-                "tileloadd tmm5, [{a} + {s}*1 + 1024]",
-                "tileloadd tmm6, [{b} + {s}*1]",
-                "tileloadd tmm7, [{b} + {s}*1 + 1024]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                $($body,)*
-                concat!("add {a}, ", $bytes),
-                concat!("add {b}, ", $bytes),
-                "dec {n}",
-                "jnz 2b",
-                "3:",
-                "tilestored [{c} + {t}*1], tmm0",
-                "tilestored [{c} + {t}*1 + 64], tmm1",
-                "tilestored [{d} + {t}*1], tmm2",
-                "tilestored [{d} + {t}*1 + 64], tmm3",
-                a = inout(reg) a.as_ptr() => _,
-                b = inout(reg) b.as_ptr() => _,
-                n = inout(reg) steps => _,
-                z = in(reg) u64::from(add),
-                c = in(reg) out,
-                d = in(reg) out.add(16 * stride),
-                s = in(reg) 64usize,
-                t = in(reg) 4 * stride,
-                options(nostack),
-            )
-        };
-    }
-    // SAFETY: each step reads as many bytes from `a` and from `b` as `add` skips, and their lengths were checked; the
-    // stores write the four quarters of the block at `out`. The compiler knows no tile registers, so it keeps nothing in
-    // them.
-    unsafe {
-        if PARTS == 1 {
-            tiles!("2048",);
-        } else {
-            tiles!(
-                "4096",
-                "tileloadd tmm4, [{a} + {s}*1 + 2048]",
-                "tileloadd tmm5, [{a} + {s}*1 + 3072]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "tileloadd tmm4, [{a} + {s}*1]",
-                "tileloadd tmm5, [{a} + {s}*1 + 1024]",
-                "tileloadd tmm6, [{b} + {s}*1 + 2048]",
-                "tileloadd tmm7, [{b} + {s}*1 + 3072]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7"
-            );
-        }
-    }
-}
-
-/// Whether the processor has tiles and bfloat16 products on them (CPUID leaf 7, EDX bits 24 and 22).
-fn detect() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
-    __cpuid(0).eax >= 7 && {
-        let edx = __cpuid_count(7, 0).edx;
-        edx >> 24 & 1 == 1 && edx >> 22 & 1 == 1
-    }
-}
-
-/// Asks Linux to let this process use tiles: `arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)`.
-fn permit() -> bool {
-    if !cfg!(target_os = "linux") {
-        return false;
-    }
-    let result: i64;
-    // SAFETY: the system call takes two numbers and touches no memory of this process.
-    unsafe {
-        asm!(
-            "syscall",
-            inlateout("rax") 158i64 => result,
-            in("rdi") 0x1023,
-            in("rsi") 18,
-            lateout("rcx") _,
-            lateout("r11") _,
-            options(nostack),
-        );
-    }
-    result == 0
 }
 
 #[cfg(test)]
@@ -366,6 +234,32 @@ mod tests {
                     check(parts, &out, &x, &x, (n, k, n));
                     assert!((0..n * n).all(|at| at / n / BLOCK == at % n / BLOCK
                         || out[at].to_bits() == out[at % n * n + at / n].to_bits()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn on_grids_products_are_of_whole_numbers() {
+        let Some(amx) = Amx::request() else { return };
+        for (m, k, n) in [(64, 32, 32), (70, 100, 33), (1, 5, 3), (130, 700, 40)] {
+            let whole =
+                |len, seed| noise(len, seed).iter().map(|x| (x * 127.0).round()).collect::<Vec<f32>>();
+            let on = |codes: &[f32], scales: &[f32]| -> Vec<f32> {
+                codes.iter().enumerate().map(|(i, c)| c * scales[i / k]).collect()
+            };
+            let (c, d) = (whole(m * k, 1), whole(n * k, 2));
+            let scales = |len, seed| noise(len, seed).iter().map(|s| s.abs() + 1e-3).collect::<Vec<f32>>();
+            let (s, t) = (scales(m, 3), scales(n, 4));
+            let (x, w) = (on(&c, &s), on(&d, &t));
+            for pool in &pools3() {
+                let mut out = vec![f32::NAN; m * n];
+                let (a, b) = (Operand::OnGrid(&x, &s), Operand::OnGrid(&w, &t));
+                amx.product(pool, Parts::High, a, b, (m, k, n), &mut out, &Scratch::new());
+                for (at, y) in out.iter().enumerate() {
+                    let (i, j) = (at / n, at % n);
+                    let sum: f32 = (0..k).map(|p| c[i * k + p] * d[j * k + p]).sum();
+                    assert_eq!(*y, sum * (s[i] * t[j]), "[{m}, {k}, {n}] at {i}, {j}");
                 }
             }
         }

@@ -3,7 +3,7 @@
 use super::gemm::{MatRef, matmul, product};
 use super::pool::{Pool, Scratch};
 use super::simd::{Isa, Kernel, Lanes};
-use super::small::{last, middle, packed};
+use super::small::{last, middle};
 
 /// Elements that one task computes, about.
 const CHUNK: usize = 32 * 1024;
@@ -40,8 +40,7 @@ pub fn mode_mul(
         let rows = x.len() / l;
         return matmul(pool, isa, MatRef::new(x, rows, l), matrix(0), out, l);
     }
-    let turned: Vec<_> =
-        if inner == 1 { Vec::new() } else { (0..count).map(|c| packed(matrix(c).t())).collect() };
+    let turned: Vec<_> = (0..count).map(|c| matrix(c).t()).collect();
     let rows = (CHUNK / n).max(if inner == 1 { 32 } else { 1 });
     pool.for_chunks(out, rows * n, |c, y| {
         let x = &x[c * rows * n..][..y.len()];
@@ -91,7 +90,6 @@ pub fn hadamard(
     let norm = (1.0 / (block as f64).sqrt()) as f32;
     let core = MatRef::new(&core, k, k);
     let core = if inverse { core.t() } else { core };
-    let turned = [if run == 1 { Vec::new() } else { packed(core) }];
     let (before, after) = if inverse { (None, signs) } else { (signs, None) };
     let rows = (CHUNK / n).max(1);
     pool.for_chunks(out, rows * n, |c, out| {
@@ -107,7 +105,7 @@ pub fn hadamard(
                 let blocks = out.len() / k;
                 product(MatRef::new(&mixed, blocks, k), core.t(), norm, out, k);
             } else {
-                middle(isa, &turned, (1, k, run), &mixed, norm, out);
+                middle(isa, &[core], (1, k, run), &mixed, norm, out);
             }
         }
         if let Some(signs) = after {

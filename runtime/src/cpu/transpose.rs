@@ -109,23 +109,15 @@ impl Kernel for Turn<'_> {
             for r in (0..rows).step_by(RUN) {
                 let height = RUN.min(rows - r);
                 let at = r * cols + col + c;
-                if width == TILE {
-                    let whole = height / LANES * LANES;
-                    for i in (0..whole).step_by(LANES) {
-                        for j in (0..TILE).step_by(LANES) {
-                            tile(&x[at + i * cols + j..], cols, &mut buf, (j, i));
-                        }
+                let whole = (height / LANES * LANES, width / LANES * LANES);
+                for i in (0..whole.0).step_by(LANES) {
+                    for j in (0..whole.1).step_by(LANES) {
+                        tile(&x[at + i * cols + j..], cols, &mut buf, (j, i));
                     }
-                    for i in whole..height {
-                        for j in 0..TILE {
-                            buf[j][i] = x[at + i * cols + j];
-                        }
-                    }
-                } else {
-                    for i in 0..height {
-                        for j in 0..width {
-                            buf[j][i] = x[at + i * cols + j];
-                        }
+                }
+                for i in 0..height {
+                    for j in if i < whole.0 { whole.1 } else { 0 }..width {
+                        buf[j][i] = x[at + i * cols + j];
                     }
                 }
                 for j in 0..width {
@@ -139,17 +131,55 @@ impl Kernel for Turn<'_> {
 /// Columns and rows of `x`, whose rows are `cols` apart, exchanged into the buffer from `(row, at)` on.
 #[inline(always)]
 fn tile(x: &[f32], cols: usize, buf: &mut [[f32; RUN]; TILE], (row, at): (usize, usize)) {
-    let mut t = [[0.0f32; LANES]; LANES];
-    for i in 0..LANES {
-        t[i].copy_from_slice(&x[i * cols..][..LANES]);
+    for (j, line) in turned(corner(x, cols)).iter().enumerate() {
+        buf[row + j][at..at + LANES].copy_from_slice(line);
     }
-    for j in 0..LANES {
-        let mut line = [0.0f32; LANES];
-        for i in 0..LANES {
-            line[i] = t[i][j];
+}
+
+/// The first columns of the first rows of `x`, whose rows are `cols` apart.
+#[inline(always)]
+fn corner(x: &[f32], cols: usize) -> [[f32; LANES]; LANES] {
+    let mut t = [[0.0; LANES]; LANES];
+    for (i, t) in t.iter_mut().enumerate() {
+        t.copy_from_slice(&x[i * cols..][..LANES]);
+    }
+    t
+}
+
+/// `x[rows, cols]` turned to `out[cols, rows]`, for matrices that fit the first-level cache.
+pub(super) struct TurnSmall<'a> {
+    pub x: &'a [f32],
+    pub cols: usize,
+    pub out: &'a mut [f32],
+}
+
+impl Kernel for TurnSmall<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let TurnSmall { x, cols, out } = self;
+        let rows = x.len() / cols;
+        let whole = (rows / LANES * LANES, cols / LANES * LANES);
+        for i in (0..whole.0).step_by(LANES) {
+            for j in (0..whole.1).step_by(LANES) {
+                for (c, line) in turned(corner(&x[i * cols + j..], cols)).iter().enumerate() {
+                    out[(j + c) * rows + i..][..LANES].copy_from_slice(line);
+                }
+            }
         }
-        buf[row + j][at..at + LANES].copy_from_slice(&line);
+        for i in 0..rows {
+            for j in if i < whole.0 { whole.1 } else { 0 }..cols {
+                out[j * rows + i] = x[i * cols + j];
+            }
+        }
     }
+}
+
+/// Rows and columns exchanged: few enough elements to be done in registers.
+#[inline(always)]
+pub(super) fn turned<T: Copy>(t: [[T; LANES]; LANES]) -> [[T; LANES]; LANES] {
+    std::array::from_fn(|j| std::array::from_fn(|i| t[i][j]))
 }
 
 #[cfg(test)]

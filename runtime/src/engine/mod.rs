@@ -53,8 +53,9 @@ impl Machine {
             let [a, b] = [a, b].map(|x| match x {
                 Stored::Rows(x) => Operand::Rows(x),
                 Stored::Columns(x) => Operand::Columns(x),
+                Stored::OnGrid(x, scales) => Operand::OnGrid(x, scales),
             });
-            let parts = if factors == Factors::Bf16 { Parts::High } else { Parts::Both };
+            let parts = if factors == Factors::F32 { Parts::Both } else { Parts::High };
             amx.product(&self.pool, parts, a, b, shape, out, &self.scratch);
             return true;
         }
@@ -70,6 +71,8 @@ enum Factors {
     F32,
     /// The nearest bfloat16.
     Bf16,
+    /// Whole numbers, and the scales of rows apart.
+    OnGrid,
 }
 
 /// An operand `[rows, k]` of a product, row after row or transposed.
@@ -77,6 +80,8 @@ enum Factors {
 enum Stored<'a> {
     Rows(&'a [f32]),
     Columns(&'a [f32]),
+    /// Row after row, and the scale of each: [`Operand::OnGrid`](crate::cpu::split::Operand).
+    OnGrid(&'a [f32], &'a [f32]),
 }
 
 /// Runs functions on the CPU.

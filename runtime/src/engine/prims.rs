@@ -1,7 +1,7 @@
 //! Kernels that read dense operands.
 
 use qrmc_ir::{Data, DimEnv, EngineError, Op, ReduceOp, RopeAttr, UnaryOp};
-use qrmc_lowering::Kernel;
+use qrmc_lowering::{Kernel, Spread};
 
 use super::exec::{In, Slice, wrong_kind};
 use super::{Machine, products};
@@ -35,10 +35,8 @@ pub(super) fn run(
         Kernel::Linear => products::linear(m, ins, out),
         Kernel::OuterMiddle => products::outer_middle(m, ins, out),
         Kernel::Bf16(op) => products::bf16(m, op, ins, out),
-        Kernel::SiluMul => {
-            cpu::silu_mul(pool, isa, ins[0].f32()?, ins[1].f32()?, floats(out)?);
-            Ok(())
-        }
+        Kernel::OnGrid { casts, split } => products::on_grid(m, casts, *split, ins, out),
+        Kernel::Map { ins: spread, steps } => map(m, spread, steps, ins, out),
         Kernel::Op(op) => match op {
             Op::Gather => gather(m, ins, out),
             Op::RmsNorm(eps) => {
@@ -176,8 +174,44 @@ fn split(shape: &[usize], axis: usize) -> (usize, usize) {
     (shape[..axis].iter().product(), shape[axis + 1..].iter().product())
 }
 
-fn unary(m: &Machine, op: UnaryOp, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
-    let op = match op {
+/// Elementwise operations in one pass.
+fn map(
+    m: &Machine,
+    spread: &[Spread],
+    steps: &[(Op, Vec<usize>)],
+    ins: &[In<'_>],
+    out: &mut Out,
+) -> Result<(), EngineError> {
+    let n = out.0.last().copied().unwrap_or(1);
+    let wide = ins.iter().map(In::widened).collect::<Result<Vec<_>, _>>()?;
+    let ins: Vec<cpu::MapIn<'_>> = wide
+        .iter()
+        .zip(spread)
+        .map(|(x, spread)| match spread {
+            Spread::All => cpu::MapIn::All(x),
+            Spread::Vector => cpu::MapIn::Vector(x),
+            Spread::Rows => cpu::MapIn::Rows(x),
+            Spread::One => cpu::MapIn::One(x[0]),
+        })
+        .collect();
+    let step = |(op, args): &(Op, Vec<usize>)| {
+        let op = match op {
+            Op::Silu => Some(cpu::MapOp::Unary(cpu::UnaryOp::Silu)),
+            Op::Unary(u) => in_vectors(*u).map(cpu::MapOp::Unary),
+            Op::Binary(b) => Some(cpu::MapOp::Binary(*b)),
+            _ => None,
+        };
+        let (first, last) = args.first().zip(args.last())?;
+        Some(cpu::MapStep { op: op?, args: [*first, *last] })
+    };
+    let steps: Vec<cpu::MapStep> = steps.iter().map(step).collect::<Option<_>>().ok_or_else(wrong_kind)?;
+    cpu::map(&m.pool, m.isa, &ins, &steps, n, floats(out)?);
+    Ok(())
+}
+
+/// The operation as vector instructions do it, if they do.
+fn in_vectors(op: UnaryOp) -> Option<cpu::UnaryOp> {
+    Some(match op {
         UnaryOp::Neg => cpu::UnaryOp::Neg,
         UnaryOp::Abs => cpu::UnaryOp::Abs,
         UnaryOp::Exp => cpu::UnaryOp::Exp,
@@ -187,13 +221,19 @@ fn unary(m: &Machine, op: UnaryOp, x: &In<'_>, out: &mut Out) -> Result<(), Engi
         UnaryOp::Recip => cpu::UnaryOp::Recip,
         UnaryOp::Sigmoid => cpu::UnaryOp::Sigmoid,
         // Angles are large; only `f64` keeps their remainder by a turn.
-        UnaryOp::Cos | UnaryOp::Sin => {
+        UnaryOp::Cos | UnaryOp::Sin => return None,
+    })
+}
+
+fn unary(m: &Machine, op: UnaryOp, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+    let (x, y) = (x.widened()?, floats(out)?);
+    match in_vectors(op) {
+        Some(op) => cpu::unary(&m.pool, m.isa, op, &x, y),
+        None => {
             let f = if op == UnaryOp::Cos { f64::cos } else { f64::sin };
-            floats(out)?.iter_mut().zip(x.widened()?.iter()).for_each(|(y, &x)| *y = f(f64::from(x)) as f32);
-            return Ok(());
+            y.iter_mut().zip(x.iter()).for_each(|(y, &x)| *y = f(f64::from(x)) as f32);
         }
-    };
-    cpu::unary(&m.pool, m.isa, op, &x.widened()?, floats(out)?);
+    }
     Ok(())
 }
 

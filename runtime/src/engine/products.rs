@@ -4,8 +4,12 @@ use qrmc_ir::{AttnAttr, EngineError, Op};
 
 use super::exec::{In, Slice, wrong_kind};
 use super::prims::{Out, broadcast_index, floats};
+use super::quantize::row_scales;
 use super::{Factors, Machine, Stored};
 use crate::cpu::{self, AttnShape, MatRef};
+
+/// Up to this many rows and columns, a product over many terms is done in registers.
+const SMALL: usize = 64;
 
 /// A product on the matrix unit, if it is one of those: `outer`, or a plain matrix on the right, which serves all rows of
 /// a batch at once. `a` and `b` are the elements of the operands.
@@ -45,6 +49,32 @@ pub(super) fn bf16(m: &Machine, op: &Op, ins: &[In<'_>], out: &mut Out) -> Resul
         Op::Outer => outer(m, &ins, out),
         _ => Err(wrong_kind()),
     }
+}
+
+/// `x wᵀ` of two results of `fake_quant`: as a product of codes where that is faster, and is what it is for any machine.
+pub(super) fn on_grid(
+    m: &Machine,
+    casts: &[Op; 2],
+    split: usize,
+    ins: &[In<'_>],
+    out: &mut Out,
+) -> Result<(), EngineError> {
+    let (factors, given) = ins.split_at(2);
+    if m.coarse {
+        let (of_x, of_w) = given.split_at(split);
+        let scales = (row_scales(m, &casts[0], of_x)?, row_scales(m, &casts[1], of_w)?);
+        let usable = |scales: &[f32]| scales.iter().all(|s| s.is_normal() && (1.0 / s).is_normal());
+        if usable(&scales.0) && usable(&scales.1) {
+            let (x, w) = (factors[0].widened()?, factors[1].widened()?);
+            let (k, n) = (factors[1].shape[1], factors[1].shape[0]);
+            let (rows, y) = (x.len() / k.max(1), floats(out)?);
+            let (x, w) = (Stored::OnGrid(&x, &scales.0), Stored::OnGrid(&w, &scales.1));
+            if m.unit_product(Factors::OnGrid, x, w, (rows, k, n), y) {
+                return Ok(());
+            }
+        }
+    }
+    matmul(m, true, factors, out)
 }
 
 /// `x wᵀ`, and a bias.
@@ -125,6 +155,10 @@ pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), En
     let (a, b) = (ins[0].widened()?, ins[1].widened()?);
     let (a, b) = (&a[..], &b[..]);
     let count = a.len() / rows.max(1);
+    if rows.max(cols) <= SMALL && count > SMALL && !std::ptr::eq(a, b) {
+        cpu::outer_small(&m.pool, m.isa, (a, b), (rows, cols), floats(out)?, &m.scratch);
+        return Ok(());
+    }
     if on_unit(m, Factors::F32, &Op::Outer, ins, (a, b), out)? {
         return Ok(());
     }

@@ -24,28 +24,14 @@ pub(super) fn run(
     let run_of = |spec: QuantSpec| grid::run_length(spec, rows, cols);
     match op {
         Op::QParams(spec, rule) => {
-            let factors = Factors::of(&ins[1..], cols, run_of(*spec))?;
-            let (run, x) = (run_of(*spec), ins[0].widened()?);
+            let chosen = params(m, (*spec, *rule), ins)?;
             let (scales, rest) = outs.split_at_mut(1);
             let scales = floats(&mut scales[0])?;
             let mut zeros = match rest.first_mut() {
                 Some((_, Data::U8(z))) => Some(&mut z[..scales.len()]),
                 _ => None,
             };
-            let per_task = (CHUNK / run).max(1);
-            let groups = x.len() / run.max(1);
-            let chosen: Vec<Vec<QParam>> = m.pool.map(groups.div_ceil(per_task), |task| {
-                let from = task * per_task * run;
-                let to = x.len().min(from + per_task * run);
-                m.isa.run(Params {
-                    x: &x[from..to],
-                    first: task * per_task,
-                    factors: &factors,
-                    spec: *spec,
-                    rule: *rule,
-                })
-            });
-            for (i, q) in chosen.iter().flatten().enumerate() {
+            for (i, q) in chosen.iter().enumerate() {
                 scales[i] = q.scale;
                 if let Some(z) = &mut zeros {
                     z[i] = q.zero as u8;
@@ -136,6 +122,26 @@ pub(super) fn run(
         Op::ClipRangeGrad(spec) => clip_range_grad(m, run_of(*spec), ins, outs),
         _ => Err(wrong_kind()),
     }
+}
+
+/// Scale and zero point of each run of the first operand; the others are factors on its range.
+fn params(m: &Machine, (spec, rule): (QuantSpec, Rule), ins: &[In<'_>]) -> Result<Vec<QParam>, EngineError> {
+    let cols = ins[0].shape.last().copied().unwrap_or(1);
+    let rows = ins[0].shape.iter().product::<usize>() / cols.max(1);
+    let run = grid::run_length(spec, rows, cols);
+    let (x, factors) = (ins[0].widened()?, Factors::of(&ins[1..], cols, run)?);
+    let per_task = (CHUNK / run).max(1);
+    let chosen: Vec<Vec<QParam>> = m.pool.map((x.len() / run).div_ceil(per_task), |task| {
+        let x = &x[task * per_task * run..x.len().min((task + 1) * per_task * run)];
+        m.isa.run(Params { x, first: task * per_task, factors: &factors, spec, rule })
+    });
+    Ok(chosen.concat())
+}
+
+/// The scales of the rows that a `fake_quant` of these operands rounds to.
+pub(super) fn row_scales(m: &Machine, op: &Op, ins: &[In<'_>]) -> Result<Vec<f32>, EngineError> {
+    let Op::FakeQuant(spec, rule) = *op else { return Err(wrong_kind()) };
+    Ok(params(m, (spec, rule), ins)?.iter().map(|q| q.scale).collect())
 }
 
 /// Factors on the ends of the ranges of runs.
