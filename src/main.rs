@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    memory::give_back_early();
     // `--max_new` means `--max-new`; what comes behind `=` is a value.
     let args = std::env::args_os().map(|a| match a.to_str() {
         Some(flag) if flag.starts_with("--") => {

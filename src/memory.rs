@@ -4,6 +4,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+/// Allocations of this many bytes and more go back to the system when they are freed.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const OWN_PAGES: i32 = 1 << 20;
+
+/// Keeps freed memory from staying with the process. glibc's heaps keep the holes that large buffers of changing sizes
+/// leave, for each thread; that can be as much again as is in use.
+pub(crate) fn give_back_early() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        #[expect(unsafe_code, reason = "a setting of the C library, which Rust's allocator uses")]
+        // SAFETY: `mallopt` takes two numbers; no other thread runs yet. If it refuses, nothing changes.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, OWN_PAGES);
+        }
+    }
+}
+
 /// How often memory is looked at.
 const INTERVAL: Duration = Duration::from_millis(10);
 

@@ -225,7 +225,7 @@ fn training_bytes(m: &Module, tokens: u64, seqlen: u64, windows: u64) -> u64 {
     let f = &m.facts;
     let step = seqlen * windows;
     let streams = tokens * f.hidden * 4 * 4 + tokens * (2 * f.hidden + f.intermediate) * 4;
-    let kept = step * (24 * f.hidden + 12 * f.intermediate) * 4;
+    let kept = step * (30 * f.hidden + 16 * f.intermediate) * 4;
     streams.max(tokens * f.hidden * 4 * 4 + kept + layer_weights(m) * 4 * 7)
 }
 
