@@ -172,11 +172,23 @@ fn products_of_rounded_factors_are_products_of_codes() {
     for (bits, rows, x) in [(4, 130, token[0]), (4, 130, token[1]), (8, 130, token[1]), (4, 3, token[1])] {
         let (x, w) = (x(bits, Grain::Token), QuantSpec::sym(bits, Grain::Row));
         fused(
-            &[&[2, rows, 70], &[1], &[1], &[33, 70]],
-            |k| matches!(k, Kernel::OnGrid { .. } | Kernel::Op(Op::FakeQuant(..))),
+            &[&[2, rows, 70], &[2, rows, 1], &[33, 70], &[33, 1]],
+            |k| {
+                matches!(
+                    k,
+                    Kernel::OnGrid { .. } | Kernel::Op(Op::FakeQuant(..) | Op::Binary(_) | Op::Const { .. })
+                )
+            },
             |b, params| {
-                let x = b.op1(Op::FakeQuant(x, Rule::Dynamic), &params[..3]).unwrap();
-                let w = b.op1(Op::FakeQuant(w, Rule::MinMax), &params[3..]).unwrap();
+                // Rows of different ranges, in buffers that must outlive their rounding.
+                let [low, high, one] = [0.5, 0.9, 2.0].map(|c| b.scalar(c));
+                let uneven = |b: &mut Builder<'_>, x, by| {
+                    let factor = b.binary(BinaryOp::Add, by, one).unwrap();
+                    b.binary(BinaryOp::Mul, x, factor).unwrap()
+                };
+                let (wide_x, wide_w) = (uneven(b, params[0], params[1]), uneven(b, params[2], params[3]));
+                let x = b.op1(Op::FakeQuant(x, Rule::Dynamic), &[wide_x, high, low]).unwrap();
+                let w = b.op1(Op::FakeQuant(w, Rule::MinMax), &[wide_w]).unwrap();
                 vec![b.op1(Op::MatMul { trans_b: true }, &[x, w]).unwrap()]
             },
         );

@@ -9,9 +9,9 @@ use qrmc_ir::{
     Diag, Elem, Func, Module, Node, Op, Place, TensorType, ValueId, Verified, expand, extract, infer, rewrite,
 };
 
-use crate::program::{Arg, Buffer, Const, Kernel, Program, Size, Step};
+use crate::program::{Arg, Buffer, Const, Program, Size, Step};
 use crate::target::{Legality, Target};
-use fuse::Fusion;
+use fuse::Fused;
 
 /// Lowers every function of a verified module.
 ///
@@ -35,7 +35,7 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
     // Without parameters there is nothing to prepare for: all of it runs once.
     let hoist = !legal.params.is_empty();
     let derived = if hoist { derived } else { vec![false; legal.value_count()] };
-    let fusion = Fusion::of(&legal, |v| derived[v.0 as usize] || legal.as_weight(v).is_some());
+    let kernels = fuse::kernels(&legal, |v| derived[v.0 as usize] || legal.as_weight(v).is_some());
     let mut l = Lowering {
         func: &legal,
         derived,
@@ -52,11 +52,10 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
             steps: Vec::new(),
             results: Vec::new(),
         },
-        plan: Plan::of(&legal, &fusion.absorbed),
-        fusion,
+        plan: Plan::of(&legal, &kernels),
     };
     l.program.weights = l.weights.iter().map(|(_, ty)| ty.clone()).collect();
-    l.run();
+    l.run(kernels);
     let roots = std::mem::take(&mut l.derived_roots);
     let mut program = l.program;
     if !roots.is_empty() {
@@ -154,35 +153,22 @@ fn legalize(module: &Module, func: &Func, target: &dyn Target) -> Result<Func, D
     }
 }
 
-/// When buffers are free: for each value, the last node that reads it, and the value whose buffer it shares.
+/// When buffers are free: for each value, the last kernel that reads it, and the value whose buffer it shares.
 struct Plan {
     last_use: Vec<usize>,
     alias: Vec<ValueId>,
 }
 
 impl Plan {
-    fn of(func: &Func, absorbed: &[Option<usize>]) -> Self {
+    fn of(func: &Func, kernels: &[Fused]) -> Self {
         let mut alias: Vec<ValueId> = func.value_ids().collect();
         for node in func.nodes.iter().filter(|n| matches!(n.op, Op::Reshape(_))) {
             alias[node.outs[0].0 as usize] = alias[node.ins[0].0 as usize];
         }
         let mut last_use = vec![0; func.value_count()];
-        for (n, node) in func.nodes.iter().enumerate() {
-            for v in node.ins.iter().chain(&node.outs) {
+        for (n, kernel) in kernels.iter().enumerate() {
+            for v in kernel.ins.iter().chain(&kernel.outs) {
                 last_use[alias[v.0 as usize].0 as usize] = n;
-            }
-        }
-        for (n, node) in func.nodes.iter().enumerate() {
-            for v in fuse::on_grid(func, node).iter().flatten().flat_map(|cast| &cast.ins) {
-                let last = &mut last_use[alias[v.0 as usize].0 as usize];
-                *last = (*last).max(n);
-            }
-        }
-        // What an absorbed node reads is read where its result is.
-        for (n, node) in func.nodes.iter().enumerate() {
-            for v in node.ins.iter().filter(|_| absorbed[n].is_some()) {
-                let last = &mut last_use[alias[v.0 as usize].0 as usize];
-                *last = (*last).max(absorbed[n].unwrap_or(0));
             }
         }
         for r in &func.results {
@@ -194,7 +180,6 @@ impl Plan {
 
 struct Lowering<'a> {
     func: &'a Func,
-    fusion: Fusion,
     derived: Vec<bool>,
     args: HashMap<ValueId, Arg>,
     weights: Vec<(qrmc_ir::WeightId, TensorType)>,
@@ -204,24 +189,13 @@ struct Lowering<'a> {
 }
 
 impl Lowering<'_> {
-    fn run(&mut self) {
+    fn run(&mut self, kernels: Vec<Fused>) {
         let func = self.func;
         for (i, &p) in func.params.iter().enumerate() {
             self.args.insert(p, Arg::Param(i as u32));
         }
-        let mut done = vec![false; func.nodes.len()];
         let mut busy: Vec<Option<usize>> = Vec::new();
-        for (n, node) in func.nodes.iter().enumerate() {
-            let constant = matches!(node.op, Op::Weight(_)) || self.derived[node.outs[0].0 as usize];
-            if done[n] || constant || self.fusion.absorbed[n].is_some() {
-                continue;
-            }
-            if matches!(node.op, Op::Reshape(_)) {
-                let arg = self.arg(node.ins[0]);
-                self.args.insert(node.outs[0], arg);
-                continue;
-            }
-            let (kernel, ins, outs) = self.fuse(n, &mut done);
+        for (n, Fused { kernel, ins, outs }) in kernels.into_iter().enumerate() {
             let ins: Vec<(Arg, TensorType)> =
                 ins.iter().map(|&v| (self.arg(v), func.ty(v).clone())).collect();
             let mut out_slots = Vec::new();
@@ -242,45 +216,16 @@ impl Lowering<'_> {
         self.program.results = results.iter().map(|&r| (self.arg(r), func.ty(r).clone())).collect();
     }
 
-    /// The kernel that computes a node, what it reads and what it writes; marks a later node that it computes too.
-    fn fuse(&self, at: usize, done: &mut [bool]) -> (Kernel, Vec<ValueId>, Vec<ValueId>) {
-        let (func, node) = (self.func, &self.func.nodes[at]);
-        let (ins, outs) = (node.ins.clone(), node.outs.clone());
-        if fuse::is_linear(func, node, &|v| self.is_const(v)) {
-            return match self.fusion.bias(at) {
-                Some((n, bias)) => {
-                    done[n] = true;
-                    (Kernel::Linear, [&ins[..], &[bias]].concat(), func.nodes[n].outs.clone())
-                }
-                None => (Kernel::Linear, ins, outs),
-            };
-        }
-        if let Some((kernel, ins)) = self.fusion.map(func, at) {
-            return (kernel, ins, outs);
-        }
-        if let Some(factors) = fuse::swapped_factors(func, node) {
-            return (Kernel::OuterMiddle, factors.to_vec(), outs);
-        }
-        if let Some(factors) = fuse::bf16_factors(func, node) {
-            return (Kernel::Bf16(node.op.clone()), factors.to_vec(), outs);
-        }
-        if let Some([x, w]) = fuse::on_grid(func, node) {
-            let casts = Box::new([x.op.clone(), w.op.clone()]);
-            let ins = [&ins[..], &x.ins, &w.ins].concat();
-            return (Kernel::OnGrid { casts, split: x.ins.len() }, ins, outs);
-        }
-        (Kernel::Op(node.op.clone()), ins, outs)
-    }
-
-    fn is_const(&self, v: ValueId) -> bool {
-        self.derived[v.0 as usize] || self.func.as_weight(v).is_some()
-    }
-
     fn arg(&mut self, v: ValueId) -> Arg {
         if let Some(&a) = self.args.get(&v) {
             return a;
         }
         let c = match self.func.def_node(v) {
+            Some(Node { op: Op::Reshape(_), ins, .. }) if !self.derived[v.0 as usize] => {
+                let a = self.arg(ins[0]);
+                self.args.insert(v, a);
+                return a;
+            }
             Some(Node { op: Op::Weight(w), .. }) => Const::Weight(self.weight_index(*w)),
             Some(Node { op: Op::DCast, ins, .. })
                 if ins.iter().all(|&i| self.func.as_weight(i).is_some()) =>

@@ -4,19 +4,58 @@ use qrmc_ir::{Elem, Func, Grain, Node, Op, Rule, Shape, UnaryOp, ValueId};
 
 use crate::program::{Kernel, Spread, is_bias_add};
 
-/// What is computed where.
-pub(super) struct Fusion {
-    /// For each node that is computed where it is read, the last node that does so.
-    pub(super) absorbed: Vec<Option<usize>>,
+/// Nodes between an elementwise operation and the end of its chain over which it does not matter what stays in memory.
+const NEAR: usize = 16;
+
+/// A kernel, what it reads and what it writes.
+pub(super) struct Fused {
+    pub(super) kernel: Kernel,
+    pub(super) ins: Vec<ValueId>,
+    pub(super) outs: Vec<ValueId>,
+}
+
+/// The kernels that compute a function, in order. Reshapes have none; `constant` says which values need none, because they
+/// are there before the function runs.
+pub(super) fn kernels(func: &Func, constant: impl Fn(ValueId) -> bool) -> Vec<Fused> {
+    let places = Places::of(func, &constant);
+    let mut out = Vec::new();
+    for (n, node) in func.nodes.iter().enumerate() {
+        let nothing = matches!(node.op, Op::Weight(_) | Op::Reshape(_)) || constant(node.outs[0]);
+        if nothing || places.elsewhere[n] {
+            continue;
+        }
+        let (kernel, ins) = if is_linear(func, node, &constant) {
+            let bias = places.bias[n].map(|(_, bias)| bias);
+            (Kernel::Linear, node.ins.iter().copied().chain(bias).collect())
+        } else if let Some(map) = places.map(func, n) {
+            map
+        } else if let Some(factors) = swapped_factors(func, node) {
+            (Kernel::OuterMiddle, factors.to_vec())
+        } else if let Some(factors) = bf16_factors(func, node) {
+            (Kernel::Bf16(node.op.clone()), factors.to_vec())
+        } else if let Some([x, w]) = on_grid(func, node) {
+            let casts = Box::new([x.op.clone(), w.op.clone()]);
+            (Kernel::OnGrid { casts, split: x.ins.len() }, [&node.ins[..], &x.ins, &w.ins].concat())
+        } else {
+            (Kernel::Op(node.op.clone()), node.ins.clone())
+        };
+        let outs = places.bias[n].map_or(&node.outs, |(add, _)| &func.nodes[add].outs).clone();
+        out.push(Fused { kernel, ins, outs });
+    }
+    out
+}
+
+/// Which nodes are computed by the kernel of another.
+struct Places {
+    elsewhere: Vec<bool>,
     /// For each node that is one of elementwise operations in a row, the last of them, which is computed in its place.
     chain: Vec<Option<usize>>,
     /// For each product that a bias is added to, the addition and the bias.
     bias: Vec<Option<(usize, ValueId)>>,
 }
 
-impl Fusion {
-    /// `constant` says which values are there before the function runs.
-    pub(super) fn of(func: &Func, constant: impl Fn(ValueId) -> bool) -> Self {
+impl Places {
+    fn of(func: &Func, constant: &impl Fn(ValueId) -> bool) -> Self {
         let users = func.users();
         let only_reader = |v: ValueId| match users[v.0 as usize][..] {
             [n] if !func.results.contains(&v) => Some(n),
@@ -24,29 +63,40 @@ impl Fusion {
         };
         let bias = |node: &Node| {
             let [y] = node.outs[..] else { return None };
-            let n = only_reader(y).filter(|_| is_linear(func, node, &constant))?;
+            let n = only_reader(y).filter(|_| is_linear(func, node, constant))?;
             let next = &func.nodes[n];
             let bias = *next.ins.iter().find(|v| **v != y)?;
             (is_bias_add(&next.op, func.ty(bias), func.ty(y)) && constant(bias)).then_some((n, bias))
         };
         let bias: Vec<Option<(usize, ValueId)>> = func.nodes.iter().map(bias).collect();
-        let adds_bias: Vec<usize> = bias.iter().flatten().map(|(n, _)| *n).collect();
         let count = func.nodes.len();
-        let mut out = Fusion { absorbed: vec![None; count], chain: vec![None; count], bias };
+        let mut out = Places { elsewhere: vec![false; count], chain: vec![None; count], bias };
+        for (n, _) in out.bias.iter().flatten() {
+            out.elsewhere[*n] = true;
+        }
         for (n, node) in func.nodes.iter().enumerate().rev() {
             let [v] = node.outs[..] else { continue };
-            let mapped = is_map(func, node) && !constant(v) && !adds_bias.contains(&n);
+            if out.elsewhere[n] || constant(v) {
+                continue;
+            }
+            let mapped = is_map(func, node);
             out.chain[n] = mapped.then_some(n);
             let readers = &users[v.0 as usize];
             if readers.is_empty() || func.results.contains(&v) {
                 continue;
             }
             if mapped {
-                let same = |end: &usize| {
-                    shape(func, *end) == shape(func, n) && readers.iter().all(|&u| out.chain[u] == Some(*end))
-                };
-                if let Some(end) = out.chain[readers[0]].filter(same) {
-                    (out.chain[n], out.absorbed[n]) = (Some(end), Some(end));
+                let last = |v: ValueId| users[v.0 as usize].last().copied().unwrap_or(0);
+                let end = out.chain[readers[0]].filter(|&end| {
+                    // What is read here stays until the end: over a long way, not more than the result would.
+                    let ends =
+                        node.ins.iter().filter(|&&v| last(v) <= n && func.ty(v) == func.ty(node.outs[0]));
+                    (end - n <= NEAR || ends.count() <= 1)
+                        && shape(func, end) == shape(func, n)
+                        && readers.iter().all(|&u| out.chain[u] == Some(end))
+                });
+                if end.is_some() {
+                    (out.chain[n], out.elsewhere[n]) = (end, true);
                 }
                 continue;
             }
@@ -56,23 +106,16 @@ impl Fusion {
                 }
                 Op::Transpose(_) => swapped_factors(func, &func.nodes[u]).is_some(),
                 // The other half of a rounding, which goes with it.
-                Op::Cast(Elem::BF16) => func.nodes[u].op == Op::Cast(Elem::F32) && out.absorbed[u].is_some(),
+                Op::Cast(Elem::BF16) => func.nodes[u].op == Op::Cast(Elem::F32) && out.elsewhere[u],
                 _ => false,
             };
-            if readers.iter().all(inside) {
-                out.absorbed[n] = readers.iter().map(|&u| out.absorbed[u].unwrap_or(u)).max();
-            }
+            out.elsewhere[n] = readers.iter().all(inside);
         }
         out
     }
 
-    /// The addition of a bias to the result of this node, and the bias, if one kernel does both.
-    pub(super) fn bias(&self, node: usize) -> Option<(usize, ValueId)> {
-        self.bias[node]
-    }
-
     /// The elementwise operations that end with this node, if they are several, and what they read.
-    pub(super) fn map(&self, func: &Func, end: usize) -> Option<(Kernel, Vec<ValueId>)> {
+    fn map(&self, func: &Func, end: usize) -> Option<(Kernel, Vec<ValueId>)> {
         let members: Vec<&Node> =
             (0..=end).filter(|&n| self.chain[n] == Some(end)).map(|n| &func.nodes[n]).collect();
         if members.len() < 2 {
@@ -99,7 +142,7 @@ fn shape(func: &Func, node: usize) -> &Shape {
 }
 
 /// Whether a node is `x wᵀ` with a constant matrix.
-pub(super) fn is_linear(func: &Func, node: &Node, constant: &impl Fn(ValueId) -> bool) -> bool {
+fn is_linear(func: &Func, node: &Node, constant: &impl Fn(ValueId) -> bool) -> bool {
     node.op == Op::MatMul { trans_b: true }
         && constant(node.ins[1])
         && func.ty(node.ins[1]).shape.rank() == 2
@@ -119,14 +162,14 @@ fn is_map(func: &Func, node: &Node) -> bool {
 }
 
 /// The factors, before rounding, of a product of two that are rounded to bfloat16.
-pub(super) fn bf16_factors(func: &Func, node: &Node) -> Option<[ValueId; 2]> {
+fn bf16_factors(func: &Func, node: &Node) -> Option<[ValueId; 2]> {
     let ([a, b], Op::MatMul { .. } | Op::Outer) = (&node.ins[..], &node.op) else { return None };
     Some([rounded(func, *a)?, rounded(func, *b)?])
 }
 
 /// The two `fake_quant` whose results `x wᵀ` multiplies, if each row of these has one scale, which takes one look at
 /// the row to find again.
-pub(super) fn on_grid<'a>(func: &'a Func, node: &Node) -> Option<[&'a Node; 2]> {
+fn on_grid<'a>(func: &'a Func, node: &Node) -> Option<[&'a Node; 2]> {
     let ([x, w], Op::MatMul { trans_b: true }) = (&node.ins[..], &node.op) else { return None };
     let cast = |v: ValueId| {
         func.def_node(v).filter(|n| match n.op {
@@ -148,7 +191,7 @@ fn rounded(func: &Func, v: ValueId) -> Option<ValueId> {
 }
 
 /// The factors, before the last two axes of both are swapped, of an `outer`.
-pub(super) fn swapped_factors(func: &Func, node: &Node) -> Option<[ValueId; 2]> {
+fn swapped_factors(func: &Func, node: &Node) -> Option<[ValueId; 2]> {
     let ([a, b], Op::Outer) = (&node.ins[..], &node.op) else { return None };
     let swapped = |v: ValueId| {
         let node = func.def_node(v)?;

@@ -68,11 +68,13 @@ impl<'a, T: Copy> MatRef<'a, T> {
     }
 
     /// From a row to the next, and from a column to the next.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn strides(&self) -> (usize, usize) {
         (self.row_stride, self.col_stride)
     }
 
     /// Element `(0, 0)`.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn as_ptr(&self) -> *const T {
         self.data.as_ptr()
     }

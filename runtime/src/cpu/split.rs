@@ -140,7 +140,7 @@ impl Amx {
                             true => &mut edge.0[r % TASK_BLOCKS][i * BLOCK..][..width],
                         };
                         let s = down[r * BLOCK + i];
-                        row.iter_mut().zip(across).for_each(|(y, t)| *y *= s * t);
+                        row.iter_mut().zip(across).for_each(|(y, t)| *y = *y * s * t);
                     }
                 }
                 for r in (r0..r1).filter(|&r| aside(r)) {
@@ -259,7 +259,7 @@ mod tests {
                 for (at, y) in out.iter().enumerate() {
                     let (i, j) = (at / n, at % n);
                     let sum: f32 = (0..k).map(|p| c[i * k + p] * d[j * k + p]).sum();
-                    assert_eq!(*y, sum * (s[i] * t[j]), "[{m}, {k}, {n}] at {i}, {j}");
+                    assert_eq!(*y, sum * s[i] * t[j], "[{m}, {k}, {n}] at {i}, {j}");
                 }
             }
         }

@@ -24,6 +24,9 @@ use consts::Constant;
 pub use exec::Input;
 pub use memory::KvCache;
 
+/// Fewer rows than this are not worth the packing for the matrix unit.
+const UNIT_ROWS: usize = 64;
+
 /// What all programs of an engine share.
 struct Machine {
     pool: Arc<Pool>,
@@ -48,7 +51,9 @@ impl Machine {
         out: &mut [f32],
     ) -> bool {
         #[cfg(target_arch = "x86_64")]
-        if let Some(amx) = self.amx.filter(|_| shape.0 >= 64 && (self.coarse || factors == Factors::Bf16)) {
+        if let Some(amx) =
+            self.amx.filter(|_| shape.0 >= UNIT_ROWS && (self.coarse || factors == Factors::Bf16))
+        {
             use crate::cpu::split::{Operand, Parts};
             let [a, b] = [a, b].map(|x| match x {
                 Stored::Rows(x) => Operand::Rows(x),

@@ -54,13 +54,7 @@ pub(super) fn run(
                 Ok(())
             }
             Op::Silu => {
-                // silu(x) = x * sigmoid(x), in two steps over the result.
-                let x = ins[0].f32()?;
-                let y = floats(out)?;
-                cpu::unary(pool, isa, cpu::UnaryOp::Sigmoid, x, y);
-                pool.for_chunks(y, CHUNK, |c, y| {
-                    y.iter_mut().zip(&x[c * CHUNK..]).for_each(|(y, x)| *y *= x);
-                });
+                cpu::unary(pool, isa, cpu::UnaryOp::Silu, ins[0].f32()?, floats(out)?);
                 Ok(())
             }
             Op::Unary(u) => unary(m, *u, &ins[0], out),

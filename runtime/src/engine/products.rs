@@ -5,7 +5,7 @@ use qrmc_ir::{AttnAttr, EngineError, Op};
 use super::exec::{In, Slice, wrong_kind};
 use super::prims::{Out, broadcast_index, floats};
 use super::quantize::row_scales;
-use super::{Factors, Machine, Stored};
+use super::{Factors, Machine, Stored, UNIT_ROWS};
 use crate::cpu::{self, AttnShape, MatRef};
 
 /// Up to this many rows and columns, a product over many terms is done in registers.
@@ -51,7 +51,7 @@ pub(super) fn bf16(m: &Machine, op: &Op, ins: &[In<'_>], out: &mut Out) -> Resul
     }
 }
 
-/// `x wᵀ` of two results of `fake_quant`: as a product of codes where that is faster, and is what it is for any machine.
+/// `x wᵀ` of two results of `fake_quant`: a product of codes on a coarse engine, any other product elsewhere.
 pub(super) fn on_grid(
     m: &Machine,
     casts: &[Op; 2],
@@ -60,14 +60,15 @@ pub(super) fn on_grid(
     out: &mut Out,
 ) -> Result<(), EngineError> {
     let (factors, given) = ins.split_at(2);
-    if m.coarse {
+    let (k, n) = (factors[1].shape[1], factors[1].shape[0]);
+    let rows = factors[0].shape.iter().product::<usize>() / k.max(1);
+    if m.coarse && rows >= UNIT_ROWS {
         let (of_x, of_w) = given.split_at(split);
         let scales = (row_scales(m, &casts[0], of_x)?, row_scales(m, &casts[1], of_w)?);
         let usable = |scales: &[f32]| scales.iter().all(|s| s.is_normal() && (1.0 / s).is_normal());
         if usable(&scales.0) && usable(&scales.1) {
             let (x, w) = (factors[0].widened()?, factors[1].widened()?);
-            let (k, n) = (factors[1].shape[1], factors[1].shape[0]);
-            let (rows, y) = (x.len() / k.max(1), floats(out)?);
+            let y = floats(out)?;
             let (x, w) = (Stored::OnGrid(&x, &scales.0), Stored::OnGrid(&w, &scales.1));
             if m.unit_product(Factors::OnGrid, x, w, (rows, k, n), y) {
                 return Ok(());
@@ -155,7 +156,7 @@ pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), En
     let (a, b) = (ins[0].widened()?, ins[1].widened()?);
     let (a, b) = (&a[..], &b[..]);
     let count = a.len() / rows.max(1);
-    if rows.max(cols) <= SMALL && count > SMALL && !std::ptr::eq(a, b) {
+    if cols > 0 && rows.max(cols) <= SMALL && count > SMALL && !std::ptr::eq(a, b) {
         cpu::outer_small(&m.pool, m.isa, (a, b), (rows, cols), floats(out)?, &m.scratch);
         return Ok(());
     }

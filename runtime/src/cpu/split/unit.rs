@@ -91,9 +91,9 @@ pub(super) unsafe fn multiply<const PARTS: usize>(
         };
     }
     for half in 0..2 {
-        // SAFETY: each step reads as many bytes from `a` and from `b` as `add` skips, and their lengths were checked; the
-        // stores write two quarters of the block at `out`. The compiler knows no tile registers, so it keeps nothing in
-        // them.
+        // SAFETY: a step reads all of its part of `a`, and of `b` the tiles of one half, all inside the step; `add` skips a
+        // step, and the lengths were checked. The stores write two quarters of the block at `out`. The compiler knows no
+        // tile registers, so it keeps nothing in them.
         unsafe {
             if PARTS == 1 {
                 tiles!(half, "2048",);
