@@ -141,15 +141,18 @@ impl Func {
         }
     }
 
+    /// The node that makes a value, the one that makes its first operand, and so on.
+    pub fn first_operands(&self, id: ValueId) -> impl Iterator<Item = &Node> {
+        std::iter::successors(self.def_node(id), |n| self.def_node(*n.ins.first()?))
+    }
+
     /// The weight that a value is mainly made of: the one at the end of the first operands. Of every operation on weights,
     /// the first operand is the weight itself.
-    pub fn weight_behind(&self, mut id: ValueId) -> Option<WeightId> {
-        loop {
-            match self.def_node(id)? {
-                Node { op: Op::Weight(w), .. } => return Some(*w),
-                node => id = *node.ins.first()?,
-            }
-        }
+    pub fn weight_behind(&self, id: ValueId) -> Option<WeightId> {
+        self.first_operands(id).find_map(|n| match n.op {
+            Op::Weight(w) => Some(w),
+            _ => None,
+        })
     }
 
     /// For each value, the nodes that use it, in order. A use as result of the function does not count.

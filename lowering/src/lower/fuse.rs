@@ -116,6 +116,9 @@ impl Places {
 
     /// The elementwise operations that end with this node, if they are several, and what they read.
     fn map(&self, func: &Func, end: usize) -> Option<(Kernel, Vec<ValueId>)> {
+        if self.chain[end] != Some(end) {
+            return None;
+        }
         let members: Vec<&Node> =
             (0..=end).filter(|&n| self.chain[n] == Some(end)).map(|n| &func.nodes[n]).collect();
         if members.len() < 2 {

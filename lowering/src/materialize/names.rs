@@ -45,15 +45,8 @@ pub(super) fn base_weight(module: &Module, f: &Func, v: ValueId) -> Option<Strin
 
 /// Mnemonic of the first operation on the weight that a value is mainly made of.
 pub(super) fn first_op(f: &Func, v: ValueId) -> &'static str {
-    let (mut v, mut word) = (v, "derived");
-    while let Some(n) = f.def_node(v).filter(|n| !matches!(n.op, Op::Weight(_))) {
-        word = n.op.text().0;
-        match n.ins.first() {
-            Some(&first) => v = first,
-            None => break,
-        }
-    }
-    word
+    let made = f.first_operands(v).take_while(|n| !matches!(n.op, Op::Weight(_)));
+    made.last().map_or("derived", |n| n.op.text().0)
 }
 
 impl Job {

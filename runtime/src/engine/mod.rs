@@ -60,7 +60,7 @@ impl Machine {
                 Stored::Columns(x) => Operand::Columns(x),
                 Stored::OnGrid(x, scales) => Operand::OnGrid(x, scales),
             });
-            let parts = if factors == Factors::F32 { Parts::Both } else { Parts::High };
+            let parts = if factors == Factors::Bf16 { Parts::High } else { Parts::Both };
             amx.product(&self.pool, parts, a, b, shape, out, &self.scratch);
             return true;
         }
@@ -74,10 +74,8 @@ impl Machine {
 enum Factors {
     /// `f32`, or what a coarse engine makes of it.
     F32,
-    /// The nearest bfloat16.
+    /// The nearest bfloat16; a whole number on a grid is its own.
     Bf16,
-    /// Whole numbers, and the scales of rows apart.
-    OnGrid,
 }
 
 /// An operand `[rows, k]` of a product, row after row or transposed.

@@ -70,7 +70,7 @@ pub(super) fn on_grid(
             let (x, w) = (factors[0].widened()?, factors[1].widened()?);
             let y = floats(out)?;
             let (x, w) = (Stored::OnGrid(&x, &scales.0), Stored::OnGrid(&w, &scales.1));
-            if m.unit_product(Factors::OnGrid, x, w, (rows, k, n), y) {
+            if m.unit_product(Factors::Bf16, x, w, (rows, k, n), y) {
                 return Ok(());
             }
         }

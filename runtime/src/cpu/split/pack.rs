@@ -88,7 +88,8 @@ fn parts<const PARTS: usize>(x: f32) -> (u32, u32) {
 }
 
 /// Packs 32 rows from `first` of `x[rows, k]`, stored by rows, zeros beyond its ends. For each step: two tiles of high
-/// parts, and two of low ones if there are two parts, each of 16 rows. `PAIRED` is the order of a right operand: pairs of inner elements, then rows.
+/// parts, and two of low ones if there are two parts, each of 16 rows. `PAIRED` is the order of a right operand: pairs of
+/// inner elements, then rows.
 struct ByRows<'a, const PARTS: usize, const PAIRED: bool> {
     x: &'a [f32],
     rows: usize,
