@@ -8,7 +8,7 @@ use qrmc_passes::Calibration;
 use qrmc_runtime::text::documents::{Pick, document_windows};
 use qrmc_runtime::text::windows::{Sampling, calibration_windows};
 use qrmc_runtime::text::{
-    Corpus, Join, ReadOptions, Split, TextError, Tokenizer, available_splits, read_corpus,
+    Corpus, Join, ReadOptions, Split, TextError, Tokenizer, available_splits, read_corpus, text_bytes,
 };
 
 use crate::cli::SamplingKind;
@@ -41,6 +41,11 @@ fn split(path: &Path) -> Split {
     } else {
         Split::Train
     }
+}
+
+/// Bytes of memory that [`load`] may take, about.
+pub(crate) fn load_bytes(s: &CalibSettings) -> Result<u64, Failure> {
+    Ok(text_bytes(&s.path, split(&s.path))?)
 }
 
 /// Reads the text and cuts the windows.

@@ -213,7 +213,7 @@ pub(crate) fn walk_layers(
         let (result, next) = work(unit, cx, &run)?;
         // The stream goes first: a kept result without its stream would cost a run through all layers before it.
         let named: Vec<(String, Tensor)> =
-            next.iter().enumerate().map(|(i, t)| (format!("batch{i}"), t.clone())).collect();
+            next.into_iter().enumerate().map(|(i, t)| (format!("batch{i}"), t)).collect();
         cx.store.put(&stream_key(&keys[index]), &named).map_err(PassError::Store)?;
         cx.store.put(&keys[index], &result).map_err(PassError::Store)?;
         if index > 0 {
@@ -221,7 +221,7 @@ pub(crate) fn walk_layers(
         }
         apply(unit, func, report(cx, name, index, result), &kept(&keys[index]))?;
         cx.report.progress(name, index + 1, layers.len(), "");
-        stream = Some(next);
+        stream = Some(named.into_iter().map(|(_, t)| t).collect());
     }
     if let Some(last) = keys.last() {
         cx.store.forget(&stream_key(last));

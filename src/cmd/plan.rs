@@ -125,6 +125,7 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
     let mut memory = plan.peak_bytes(owned);
     let mut flops = 0.0;
     if let Some(c) = &s.calib {
+        memory = memory.max(crate::calib::load_bytes(c)?);
         let tokens = (c.nsamples * c.seqlen) as u64;
         if s.pipeline.0.iter().any(|c| c.name == "gptq") {
             memory = memory.max(gptq_bytes(&module, tokens));

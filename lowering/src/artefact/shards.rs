@@ -1,13 +1,16 @@
 //! Writing safetensors a tensor at a time: headers are known before any data is.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use qrmc_ir::{Data, Elem, Tensor, TensorType};
 use serde_json::{Map, Value, json};
 
 use super::ArtefactError;
+
+/// Bytes of a hash.
+const HASH: usize = 32;
 
 /// A tensor that will be written.
 #[derive(Clone, PartialEq, Debug)]
@@ -164,46 +167,73 @@ fn header(tensors: &[TensorPlan]) -> Vec<u8> {
     out
 }
 
-/// Writes host tensors to one safetensors file, whole or not at all.
+/// Writes host tensors to one safetensors file, whole or not at all. The hash in front tells a damaged file from a good
+/// one. One tensor at a time is in memory a second time.
 ///
 /// # Errors
 /// If the file cannot be written.
 pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), ArtefactError> {
     let plan: Vec<TensorPlan> =
         tensors.iter().map(|(name, t)| TensorPlan { name: name.clone(), ty: t.ty() }).collect();
-    let mut bytes = header(&plan);
-    for (_, t) in tensors {
-        bytes.extend(t.to_le_bytes(t.elem()).map_err(|e| ArtefactError::new(path, e))?);
-    }
-    let hash = qrmc_ir::Hash::of([&bytes[..]]);
+    let head = header(&plan);
+    let io = |e: std::io::Error| ArtefactError::io(path, "write", &e);
     let temporary = path.with_extension("tmp");
-    let write = || -> std::io::Result<()> {
-        let mut f = File::create(&temporary)?;
-        // The hash in front tells a damaged file from a good one.
-        f.write_all(&hash.0)?;
-        f.write_all(&bytes)?;
+    let mut f = File::create(&temporary).map_err(io)?;
+    let mut hash = blake3::Hasher::new();
+    hash.update(&(head.len() as u64 + plan.iter().map(TensorPlan::bytes).sum::<u64>()).to_le_bytes());
+    f.write_all(&[0; HASH]).map_err(io)?;
+    let mut put = |bytes: &[u8]| {
+        hash.update(bytes);
+        f.write_all(bytes).map_err(io)
+    };
+    put(&head)?;
+    for (_, t) in tensors {
+        put(&t.to_le_bytes(t.elem()).map_err(|e| ArtefactError::new(path, e))?)?;
+    }
+    let mut publish = || -> std::io::Result<()> {
+        f.seek(SeekFrom::Start(0))?;
+        f.write_all(hash.finalize().as_bytes())?;
         f.sync_all()?;
         std::fs::rename(&temporary, path)
     };
-    write().map_err(|e| ArtefactError::io(path, "write", &e))
+    publish().map_err(io)
 }
 
 /// Reads what [`write_tensors`] wrote; `None` if the file is missing or damaged.
 pub fn read_tensors(path: &Path) -> Option<Vec<(String, Tensor)>> {
-    let bytes = std::fs::read(path).ok()?;
-    let (hash, bytes) = bytes.split_at_checked(32)?;
-    if qrmc_ir::Hash::of([bytes]).0 != *hash {
+    let mut f = File::open(path).ok()?;
+    let mut stored = [0; HASH];
+    f.read_exact(&mut stored).ok()?;
+    let len = f.metadata().ok()?.len().checked_sub(HASH as u64)?;
+    let mut hash = blake3::Hasher::new();
+    hash.update(&len.to_le_bytes());
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let n = f.read(&mut buffer).ok()?;
+        if n == 0 {
+            break;
+        }
+        hash.update(&buffer[..n]);
+    }
+    if *hash.finalize().as_bytes() != stored {
         return None;
     }
-    let (len, rest) = bytes.split_at_checked(8)?;
-    let len = usize::try_from(u64::from_le_bytes(len.try_into().ok()?)).ok()?;
-    let (head, data) = rest.split_at_checked(len)?;
-    let head: Map<String, Value> = serde_json::from_slice(head).ok()?;
+    let mut read = |at: u64, n: u64| -> Option<Vec<u8>> {
+        if at.checked_add(n)? > len {
+            return None;
+        }
+        let mut bytes = vec![0; usize::try_from(n).ok()?];
+        f.seek(SeekFrom::Start(HASH as u64 + at)).ok()?;
+        f.read_exact(&mut bytes).ok()?;
+        Some(bytes)
+    };
+    let head_len = u64::from_le_bytes(read(0, 8)?.try_into().ok()?);
+    let head: Map<String, Value> = serde_json::from_slice(&read(8, head_len)?).ok()?;
     let mut out = Vec::new();
     for (name, info) in head.iter().filter(|(n, _)| *n != "__metadata__") {
         let shape: Vec<usize> = serde_json::from_value(info["shape"].clone()).ok()?;
-        let [from, to]: [usize; 2] = serde_json::from_value(info["data_offsets"].clone()).ok()?;
-        let data = data.get(from..to)?;
+        let [from, to]: [u64; 2] = serde_json::from_value(info["data_offsets"].clone()).ok()?;
+        let data = read((8 + head_len).checked_add(from)?, to.checked_sub(from)?)?;
         let elem = match info["dtype"].as_str()? {
             "F32" => Elem::F32,
             "F64" => Elem::F64,
@@ -212,7 +242,7 @@ pub fn read_tensors(path: &Path) -> Option<Vec<(String, Tensor)>> {
             "U8" => Elem::U8,
             _ => return None,
         };
-        out.push((name.clone(), Tensor::from_le_bytes(elem, &shape, data).ok()?));
+        out.push((name.clone(), Tensor::from_le_bytes(elem, &shape, &data).ok()?));
     }
     Some(out)
 }

@@ -255,6 +255,16 @@ fn functions(
     Ok((loss, gradient))
 }
 
+/// The windows of batches, with their shapes.
+fn windows(batches: &[Tensor]) -> Vec<([usize; 2], &[f32])> {
+    let mut out = Vec::new();
+    for t in batches {
+        let (s, n) = (t.shape()[1], t.shape()[2]);
+        out.extend(t.as_f32().unwrap_or(&[]).chunks((s * n).max(1)).map(|w| ([s, n], w)));
+    }
+    out
+}
+
 /// The inputs and targets of the steps of an epoch.
 struct Steps {
     pairs: Vec<(Tensor, Tensor)>,
@@ -264,25 +274,17 @@ struct Steps {
 impl Steps {
     fn new(o: &AffineOptions, stream: &[Tensor], next: &[Tensor]) -> Result<Self, PassError> {
         let mut pairs: Vec<(Tensor, Tensor)> = Vec::new();
-        let windows = |list: &[Tensor]| -> Vec<Tensor> {
-            let mut out = Vec::new();
-            for t in list {
-                let (s, n) = (t.shape()[1], t.shape()[2]);
-                for w in t.as_f32().unwrap_or(&[]).chunks((s * n).max(1)) {
-                    out.push(Tensor::f32([1, s, n], w.to_vec()));
-                }
-            }
-            out
-        };
         let (inputs, targets) = (windows(stream), windows(next));
         let mut at = 0;
         while at < inputs.len() {
             // A step takes windows of one length.
-            let alike = inputs[at..].iter().take_while(|t| t.shape() == inputs[at].shape()).count();
+            let (shape, _) = inputs[at];
+            let alike = inputs[at..].iter().take_while(|(s, _)| *s == shape).count();
             let count = alike.min(o.batch as usize);
-            let join = |list: &[Tensor]| {
-                let data: Vec<f32> = list.iter().flat_map(|t| t.as_f32().unwrap_or(&[])).copied().collect();
-                Tensor::f32([count, list[0].shape()[1], list[0].shape()[2]], data)
+            let join = |list: &[([usize; 2], &[f32])]| {
+                let mut data = Vec::with_capacity(count * shape[0] * shape[1]);
+                list.iter().for_each(|(_, w)| data.extend_from_slice(w));
+                Tensor::f32([count, shape[0], shape[1]], data)
             };
             pairs.push((join(&inputs[at..at + count]), join(&targets[at..at + count])));
             at += count;

@@ -32,7 +32,8 @@ struct Machine {
     pool: Arc<Pool>,
     isa: Isa,
     scratch: Arc<Scratch>,
-    spare: memory::Spare,
+    /// Shared with the coarse engine: what one of them left is of no use while the other runs.
+    spare: Arc<memory::Spare>,
     #[cfg(target_arch = "x86_64")]
     amx: Option<Amx>,
     /// Whether products of `f32` are split products, where there is a matrix unit.
@@ -105,12 +106,13 @@ impl CpuEngine {
         let amx = Amx::request();
         let pool = Arc::new(Pool::new(threads).map_err(|e| EngineError::System(e.to_string()))?);
         let scratch = Arc::new(Scratch::new());
+        let spare = Arc::new(memory::Spare::default());
         let with = |coarse: bool| {
             let machine = Machine {
                 pool: pool.clone(),
                 isa: Isa::detect(),
                 scratch: scratch.clone(),
-                spare: memory::Spare::default(),
+                spare: spare.clone(),
                 #[cfg(target_arch = "x86_64")]
                 amx,
                 coarse,

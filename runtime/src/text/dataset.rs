@@ -204,6 +204,19 @@ pub fn read_fields(path: &Path, options: &ReadOptions<'_>, columns: &[&str]) -> 
     Ok(Fields { rows, files })
 }
 
+/// Bytes of memory that reading and tokenizing may take, about: the text three times over and its tokens. Columnar and
+/// compressed files hold about twice their size of text.
+///
+/// # Errors
+/// If the files of the split are not there.
+pub fn text_bytes(path: &Path, split: Split) -> Result<u64, TextError> {
+    let of_file = |f: PathBuf| {
+        let plain = f.extension().is_some_and(|e| ["txt", "text", "json", "jsonl"].iter().any(|p| e == *p));
+        std::fs::metadata(&f).map_or(0, |m| m.len()) * if plain { 4 } else { 8 }
+    };
+    Ok(files_of(path, split)?.into_iter().map(of_file).sum())
+}
+
 /// The file itself, or the files of a split of a folder.
 fn files_of(path: &Path, split: Split) -> Result<Vec<PathBuf>, TextError> {
     let meta = std::fs::metadata(path).map_err(|e| {

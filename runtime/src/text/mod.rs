@@ -21,7 +21,7 @@ pub mod tokenizer;
 pub mod windows;
 
 pub use chat::{ChatTemplate, Message};
-pub use dataset::{Corpus, Fields, Join, ReadOptions, read_corpus, read_fields};
+pub use dataset::{Corpus, Fields, Join, ReadOptions, read_corpus, read_fields, text_bytes};
 pub use error::TextError;
 pub use rows::Row;
 pub use split::{Split, available_splits};
