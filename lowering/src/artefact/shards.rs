@@ -207,14 +207,7 @@ pub fn read_tensors(path: &Path) -> Option<Vec<(String, Tensor)>> {
     let len = f.metadata().ok()?.len().checked_sub(HASH as u64)?;
     let mut hash = blake3::Hasher::new();
     hash.update(&len.to_le_bytes());
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let n = f.read(&mut buffer).ok()?;
-        if n == 0 {
-            break;
-        }
-        hash.update(&buffer[..n]);
-    }
+    hash.update_reader(&mut f).ok()?;
     if *hash.finalize().as_bytes() != stored {
         return None;
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::chat::Message;
-use super::files::{Cells, is_whole, read_file};
+use super::files::{Cells, is_plain, is_whole, read_file};
 use super::rows::{Layout, Row, Wanted, name_list};
 use super::split::Split;
 use super::{TextError, split};
@@ -210,10 +210,8 @@ pub fn read_fields(path: &Path, options: &ReadOptions<'_>, columns: &[&str]) -> 
 /// # Errors
 /// If the files of the split are not there.
 pub fn text_bytes(path: &Path, split: Split) -> Result<u64, TextError> {
-    let of_file = |f: PathBuf| {
-        let plain = f.extension().is_some_and(|e| ["txt", "text", "json", "jsonl"].iter().any(|p| e == *p));
-        std::fs::metadata(&f).map_or(0, |m| m.len()) * if plain { 4 } else { 8 }
-    };
+    let of_file =
+        |f: PathBuf| std::fs::metadata(&f).map_or(0, |m| m.len()) * if is_plain(&f) { 4 } else { 8 };
     Ok(files_of(path, split)?.into_iter().map(of_file).sum())
 }
 

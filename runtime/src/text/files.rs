@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::rows::{Layout, Wanted, json_columns};
-use super::split::{Format, READABLE};
+use super::split::{Codec, Format, READABLE};
 use super::{TextError, arrow, jsonl, parquet};
 
 /// What one row of a file is.
@@ -22,6 +22,11 @@ pub(super) type Sink<'a> = dyn FnMut(Cells<'_>) -> Result<bool, TextError> + 'a;
 /// Whether a file is one text, without rows.
 pub(super) fn is_whole(path: &Path) -> Result<bool, TextError> {
     Ok(format(path)? == Format::Text)
+}
+
+/// Whether the text of a file lies in it as it is, without compression or columns of bytes.
+pub(super) fn is_plain(path: &Path) -> bool {
+    matches!(format(path), Ok(Format::Text | Format::Json(Codec::Plain)))
 }
 
 fn format(path: &Path) -> Result<Format, TextError> {
