@@ -1,16 +1,19 @@
 //! Functions become programs: large operations stay or expand as the target says, weight-derived values move into
 //! an initialiser, epilogues fuse, and values share buffers.
 
+mod cache;
 mod fuse;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use qrmc_ir::{
-    Diag, Elem, Func, Module, Node, Op, Place, TensorType, ValueId, Verified, expand, extract, infer, rewrite,
+    Diag, Elem, Func, Grain, Module, Node, Op, Place, QuantSpec, TensorType, ValueId, Verified, expand, extract, infer,
+    rewrite,
 };
 
-use crate::program::{Arg, Buffer, Const, Program, Size, Step};
+use crate::program::{Arg, Buffer, Const, Kernel, Layout, Program, Size, Step};
 use crate::target::{Legality, Target};
+use cache::Cached;
 use fuse::Fused;
 
 /// Lowers every function of a verified module.
@@ -28,20 +31,21 @@ pub fn lower(module: Verified<'_>, target: &dyn Target) -> Result<Vec<Program>, 
 /// If the function breaks a type rule (`Q01..`), or an operation is one that the target refuses (`Q0501`).
 pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<Program, Diag> {
     check_types(module, func)?;
-    let legal = legalize(module, func, target)?;
+    let legal = open_casts(module, &legalize(module, func, target)?, target)?;
     // Expansion may read weights in another order; what callers bind is the order of the function that they gave.
     let order = weight_order(&qrmc_ir::prune(func));
     let derived = legal.weight_derived();
     // Without parameters there is nothing to prepare for: all of it runs once.
     let hoist = !legal.params.is_empty();
     let derived = if hoist { derived } else { vec![false; legal.value_count()] };
-    let kernels = fuse::kernels(&legal, |v| derived[v.0 as usize] || legal.as_weight(v).is_some());
+    let kernels = fuse::kernels(&legal, |v| derived[v.0 as usize] || legal.as_weight(v).is_some(), target);
     let mut l = Lowering {
         func: &legal,
         derived,
         args: HashMap::new(),
         weights: order.clone(),
         derived_roots: Vec::new(),
+        tiled: tiled(&kernels),
         program: Program {
             name: func.name.clone(),
             params: legal.params.iter().map(|&p| legal.ty(p).clone()).collect(),
@@ -95,7 +99,7 @@ fn renumber_weights(
     for (c, _) in &mut program.consts {
         match c {
             Const::Weight(w) => map(w),
-            Const::Packed { codes, scale, zero } => {
+            Const::Packed { codes, scale, zero, .. } => {
                 map(codes);
                 map(scale);
                 zero.iter_mut().for_each(map);
@@ -153,6 +157,49 @@ fn legalize(module: &Module, func: &Func, target: &dyn Target) -> Result<Func, D
     }
 }
 
+/// Writes quantizers whose codes the target multiplies as what they mean: scales, codes, and values from both.
+fn open_casts(module: &Module, func: &Func, target: &dyn Target) -> Result<Func, Diag> {
+    let (users, derived) = (func.users(), func.weight_derived());
+    let multiplied = |v: ValueId, spec: QuantSpec| {
+        users[v.0 as usize].iter().map(|&u| &func.nodes[u]).any(|n| {
+            n.op == Op::MatMul { trans_b: true }
+                && n.ins[0] == v
+                && fuse::packed(func, n.ins[1]).is_some_and(|w| target.multiplies(spec, w))
+        })
+    };
+    let constant = |v: ValueId| derived[v.0 as usize] || func.as_weight(v).is_some();
+    let kept: HashSet<ValueId> = func
+        .nodes
+        .iter()
+        .filter_map(|n| Cached::of(func, n, &constant))
+        .map(|c| func.nodes[c.cast].outs[0])
+        .collect();
+    rewrite(module, func, |b, node, ins| match node.op {
+        Op::FakeQuant(spec, _) if !derived[node.outs[0].0 as usize] => {
+            let (v, grouped) = (node.outs[0], matches!(spec.grain, Grain::Group(_) | Grain::Token));
+            if multiplied(v, spec) || grouped && kept.contains(&v) { expand(b, &node.op, ins) } else { Ok(None) }
+        }
+        _ => Ok(None),
+    })
+}
+
+/// Constants that only products with packed weights read.
+fn tiled(kernels: &[Fused]) -> HashSet<ValueId> {
+    let (mut multiplied, mut other) = (HashSet::new(), HashSet::new());
+    for k in kernels {
+        let weight = match k.kernel {
+            Kernel::Linear => Some(1),
+            Kernel::IntLinear { weight } => Some(weight),
+            _ => None,
+        };
+        for (i, &v) in k.ins.iter().enumerate() {
+            if Some(i) == weight { &mut multiplied } else { &mut other }.insert(v);
+        }
+    }
+    multiplied.retain(|v| !other.contains(v));
+    multiplied
+}
+
 /// When buffers are free: for each value, the last kernel that reads it, and the value whose buffer it shares.
 struct Plan {
     last_use: Vec<usize>,
@@ -184,6 +231,8 @@ struct Lowering<'a> {
     args: HashMap<ValueId, Arg>,
     weights: Vec<(qrmc_ir::WeightId, TensorType)>,
     derived_roots: Vec<ValueId>,
+    /// Constants that only products read.
+    tiled: HashSet<ValueId>,
     program: Program,
     plan: Plan,
 }
@@ -231,7 +280,9 @@ impl Lowering<'_> {
                 if ins.iter().all(|&i| self.func.as_weight(i).is_some()) =>
             {
                 let index = |i: &ValueId| self.func.as_weight(*i).map_or(0, |w| self.weight_index(w));
-                Const::Packed { codes: index(&ins[0]), scale: index(&ins[1]), zero: ins.get(2).map(index) }
+                let layout = if self.tiled.contains(&v) { Layout::Tiles } else { Layout::Rows };
+                let (codes, scale, zero) = (index(&ins[0]), index(&ins[1]), ins.get(2).map(index));
+                Const::Packed { layout, codes, scale, zero }
             }
             _ => {
                 self.derived_roots.push(v);

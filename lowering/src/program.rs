@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use qrmc_ir::{BinaryOp, Dim, DimEnv, Elem, Op, Shape, Sym, TensorType};
+use qrmc_ir::{BinaryOp, Dim, DimEnv, Elem, Op, QuantSpec, RopeAttr, Rule, Shape, Sym, TensorType};
 
 /// Where a kernel finds an operand.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -22,6 +22,8 @@ pub enum Const {
     Weight(u32),
     /// Codes with scales and zero points, all weights; they stay packed.
     Packed {
+        /// How they lie in memory.
+        layout: Layout,
         /// Index of the codes among the weights.
         codes: u32,
         /// Index of the scales.
@@ -31,6 +33,78 @@ pub enum Const {
     },
     /// The n-th result of the program's initialiser, which computes what is weight-derived.
     Derived(u32),
+}
+
+/// How packed codes lie in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Layout {
+    /// Row after row, as they are stored.
+    Rows,
+    /// Sixteen rows side by side: for products, which read all of them.
+    Tiles,
+}
+
+/// How a cache keeps its rows.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CacheForm {
+    /// The codes that are kept, with scales and zero points for each group, or for each channel of all rows.
+    pub spec: QuantSpec,
+    /// What happens to a row between its codes and the readers, in order.
+    pub reads: Vec<CacheRead>,
+}
+
+/// Something that is done to a row of a cache when it is read. Operands are those of the step that appends.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum CacheRead {
+    /// A vector is added.
+    Add {
+        /// `[width]`
+        operand: usize,
+    },
+    /// Each head is turned by the row's position.
+    Rope {
+        /// The rotation.
+        attr: RopeAttr,
+        /// Positions of the new rows, `[S]`.
+        operand: usize,
+    },
+    /// A vector whose heads are turned by the row's position, and mixed, is added.
+    AddTurned {
+        /// `[width]`
+        operand: usize,
+        /// The rotation.
+        attr: RopeAttr,
+        /// Positions of the new rows, `[S]`.
+        positions: usize,
+        /// Channels that a Hadamard matrix mixes afterwards, if one does.
+        block: Option<u64>,
+    },
+}
+
+impl CacheForm {
+    /// The operand that holds the positions of new rows, where reading depends on them.
+    pub fn positions(&self) -> Option<usize> {
+        self.reads.iter().find_map(|r| match r {
+            CacheRead::Add { .. } => None,
+            CacheRead::Rope { operand, .. } => Some(*operand),
+            CacheRead::AddTurned { positions, .. } => Some(*positions),
+        })
+    }
+}
+
+impl fmt::Display for CacheForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.spec)?;
+        for r in &self.reads {
+            match r {
+                CacheRead::Add { .. } => f.write_str(", add")?,
+                CacheRead::Rope { .. } => f.write_str(", rope")?,
+                CacheRead::AddTurned { block: None, .. } => f.write_str(", add rope")?,
+                CacheRead::AddTurned { block: Some(n), .. } => write!(f, ", add hadamard:{n} rope")?,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// How an operand of an elementwise operation lies over the result, `[rows, n]` with all leading axes as one.
@@ -78,6 +152,17 @@ impl Spread {
 pub enum Kernel {
     /// `x, w [, bias] -> x wᵀ [+ bias]` with a constant `w`, dense or packed.
     Linear,
+    /// `x [, hi, lo] -> scale [, zero], codes`: `qparams` and the `qcast` that goes with it.
+    Quantize(QuantSpec, Rule),
+    /// `codes, scale [, zero], w [, bias] -> x wᵀ [+ bias]` with `x` quantized per token and a constant packed `w`: a product
+    /// of codes, which is a whole number, then scales.
+    IntLinear {
+        /// Which operand the weight is.
+        weight: usize,
+    },
+    /// `cache, codes, scale [, zero], operands -> longer cache`: appends rows as codes. What a row is for those who read the
+    /// cache, its reads say.
+    CacheAppend(CacheForm),
     /// Elementwise operations in one pass over memory. Values are numbered: the operands, then the results of the
     /// operations in order; the last of these is the result.
     Map {
@@ -106,6 +191,9 @@ impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Kernel::Linear => f.write_str("linear"),
+            Kernel::Quantize(spec, rule) => write!(f, "quantize {{q = {spec}, rule = {rule}}}"),
+            Kernel::IntLinear { .. } => f.write_str("linear.int"),
+            Kernel::CacheAppend(form) => write!(f, "cache_append {{{form}}}"),
             Kernel::Map { ins, steps } => {
                 let spread: Vec<&str> = ins.iter().map(|s| s.name()).collect();
                 write!(f, "map ({}) {{", spread.join(", "))?;
@@ -233,11 +321,16 @@ impl Program {
         self.buffers.iter().map(|b| b.len(dims).saturating_mul(b.elem.bits().div_ceil(8))).sum()
     }
 
-    /// Whether some operand of an [`Op::CacheAppend`] is this parameter: a cache may be appended to in place.
-    pub fn is_cache(&self, param: u32) -> bool {
-        self.steps.iter().any(|s| {
-            s.kernel == Kernel::Op(Op::CacheAppend)
-                && s.ins.first().is_some_and(|(a, _)| *a == Arg::Param(param))
+    /// Whether this parameter is a cache, which may be appended to in place, and how it keeps its rows: `Some(None)` as
+    /// floats.
+    pub fn cache(&self, param: u32) -> Option<Option<&CacheForm>> {
+        self.steps.iter().find_map(|s| {
+            let form = match &s.kernel {
+                Kernel::Op(Op::CacheAppend) => None,
+                Kernel::CacheAppend(form) => Some(form),
+                _ => return None,
+            };
+            s.ins.first().is_some_and(|(a, _)| *a == Arg::Param(param)).then_some(form)
         })
     }
 }
@@ -261,10 +354,11 @@ impl fmt::Display for Program {
         for (i, (c, ty)) in self.consts.iter().enumerate() {
             let from = match c {
                 Const::Weight(w) => format!("weight {w}"),
-                Const::Packed { codes, scale, zero: Some(z) } => {
-                    format!("packed {codes}, scale {scale}, zero {z}")
+                Const::Packed { layout, codes, scale, zero } => {
+                    let word = if *layout == Layout::Tiles { "tiles" } else { "packed" };
+                    let zero = zero.map(|z| format!(", zero {z}")).unwrap_or_default();
+                    format!("{word} {codes}, scale {scale}{zero}")
                 }
-                Const::Packed { codes, scale, zero: None } => format!("packed {codes}, scale {scale}"),
                 Const::Derived(n) => format!("derived {n}"),
             };
             writeln!(f, "  c{i} : {ty} = {from}")?;

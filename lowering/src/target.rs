@@ -1,6 +1,6 @@
 //! What a target can run.
 
-use qrmc_ir::{Op, TensorType};
+use qrmc_ir::{Dim, Grain, Op, QuantSpec, TensorType};
 
 /// Whether a target runs an operation.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -23,6 +23,9 @@ pub trait Target: Sync {
 
     /// How the target runs `op` on operands and results of these types.
     fn legality(&self, op: &Op, ins: &[&TensorType], outs: &[&TensorType]) -> Legality;
+
+    /// Whether the target multiplies the codes of an activation with those of a packed weight.
+    fn multiplies(&self, x: QuantSpec, w: QuantSpec) -> bool;
 }
 
 /// CPU: portable kernels with AVX2 and AVX-512 forms chosen at run time.
@@ -35,7 +38,7 @@ impl Target for Cpu {
     }
 
     fn summary(&self) -> &'static str {
-        "any CPU; AVX2 and AVX-512 kernels chosen at run time; weight-only W2 to W8 from packed codes"
+        "any CPU; AVX2, AVX-512 and AMX kernels chosen at run time; products of packed codes, W2 to W8"
     }
 
     fn legality(&self, op: &Op, ins: &[&TensorType], outs: &[&TensorType]) -> Legality {
@@ -49,10 +52,16 @@ impl Target for Cpu {
         match op {
             // A clip bound that is shared by groups is elementwise work on a reshaped tensor.
             Op::Edge | Op::Clip(_) => Legality::Expand,
-            // Positions that are broadcast, which only the definition does.
-            Op::Rope(_) if ins[0].shape != outs[0].shape => Legality::Expand,
+            // One row at every position is native, one for each sequence is not.
+            Op::Rope(_) if ins[0].shape != outs[0].shape && ins[0].shape.0[0] != Dim::Fixed(1) => {
+                Legality::Expand
+            }
             _ => Legality::Native,
         }
+    }
+
+    fn multiplies(&self, x: QuantSpec, w: QuantSpec) -> bool {
+        x.grain == Grain::Token && matches!(w.grain, Grain::Tensor | Grain::Row | Grain::Group(_))
     }
 }
 

@@ -7,6 +7,10 @@ use crate::engine::{CpuEngine, Input, KvCache, Loaded};
 /// Positions that prefill runs at once, and rows of logits that exist at once.
 const CHUNK: usize = 512;
 
+/// Parameters of a layer that are its caches.
+const KEYS: u32 = 2;
+const VALUES: u32 = 3;
+
 /// A model with its weights in memory, ready to run.
 pub struct Session {
     embed: Loaded,
@@ -27,6 +31,11 @@ impl Caches {
     /// Whether nothing is held.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Bytes of the memory that all of them take.
+    pub fn bytes(&self) -> usize {
+        self.0.iter().map(|(k, v)| k.bytes() + v.bytes()).sum()
     }
 
     /// Forgets all positions from `len` on.
@@ -96,8 +105,10 @@ impl Session {
     /// Empty caches with room for `capacity` positions of `batch` sequences.
     pub fn caches(&self, batch: usize, capacity: usize) -> Caches {
         let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
-        let new = || KvCache::new(batch, capacity, width);
-        Caches(self.layers.iter().map(|_| (new(), new())).collect())
+        let new = |layer: &Loaded, param: u32| {
+            KvCache::new(batch, capacity, width, layer.program().cache(param).flatten())
+        };
+        Caches(self.layers.iter().map(|l| (new(l, KEYS), new(l, VALUES))).collect())
     }
 
     /// The residual stream behind the last layer, `[B, S, hidden]`, for token ids `[B, S]` that follow what the caches

@@ -1,8 +1,10 @@
 //! Operations that are computed where their results are read.
 
-use qrmc_ir::{Elem, Func, Grain, Node, Op, Rule, Shape, UnaryOp, ValueId};
+use qrmc_ir::{Elem, Func, Grain, Node, Op, QuantSpec, Rule, Shape, TensorType, UnaryOp, ValueId};
 
-use crate::program::{Kernel, Spread, is_bias_add};
+use super::cache::Cached;
+use crate::program::{CacheForm, Kernel, Spread, is_bias_add};
+use crate::target::Target;
 
 /// Nodes between an elementwise operation and the end of its chain over which it does not matter what stays in memory.
 const NEAR: usize = 16;
@@ -16,16 +18,31 @@ pub(super) struct Fused {
 
 /// The kernels that compute a function, in order. Reshapes have none; `constant` says which values need none, because they
 /// are there before the function runs.
-pub(super) fn kernels(func: &Func, constant: impl Fn(ValueId) -> bool) -> Vec<Fused> {
-    let places = Places::of(func, &constant);
+pub(super) fn kernels(func: &Func, constant: impl Fn(ValueId) -> bool, target: &dyn Target) -> Vec<Fused> {
+    let places = Places::of(func, &constant, target);
     let mut out = Vec::new();
     for (n, node) in func.nodes.iter().enumerate() {
         let nothing = matches!(node.op, Op::Weight(_) | Op::Reshape(_)) || constant(node.outs[0]);
         if nothing || places.elsewhere[n] {
             continue;
         }
-        let (kernel, ins) = if is_linear(func, node, &constant) {
-            let bias = places.bias[n].map(|(_, bias)| bias);
+        if let Some(params) = places.params[n] {
+            let Op::QParams(spec, rule) = func.nodes[params].op else { unreachable!("the scales of a cast") };
+            let outs = [&func.nodes[params].outs[..], &node.outs].concat();
+            out.push(Fused { kernel: Kernel::Quantize(spec, rule), ins: func.nodes[params].ins.clone(), outs });
+            continue;
+        }
+        if let Some((cached, form)) = cached(func, node, &constant) {
+            let codes = &func.nodes[cached.cast].ins;
+            let ins = [&node.ins[..1], codes, &cached.operands].concat();
+            out.push(Fused { kernel: Kernel::CacheAppend(form), ins, outs: node.outs.clone() });
+            continue;
+        }
+        let bias = places.bias[n].map(|(_, bias)| bias);
+        let (kernel, ins) = if let Some(codes) = int_factor(func, node, &constant, target) {
+            let ins: Vec<ValueId> = codes.ins.iter().copied().chain([node.ins[1]]).chain(bias).collect();
+            (Kernel::IntLinear { weight: codes.ins.len() }, ins)
+        } else if is_linear(func, node, &constant) {
             (Kernel::Linear, node.ins.iter().copied().chain(bias).collect())
         } else if let Some(map) = places.map(func, n) {
             map
@@ -52,10 +69,12 @@ struct Places {
     chain: Vec<Option<usize>>,
     /// For each product that a bias is added to, the addition and the bias.
     bias: Vec<Option<(usize, ValueId)>>,
+    /// For each `qcast`, the `qparams` that nothing before it reads, and whose work goes with it.
+    params: Vec<Option<usize>>,
 }
 
 impl Places {
-    fn of(func: &Func, constant: &impl Fn(ValueId) -> bool) -> Self {
+    fn of(func: &Func, constant: &impl Fn(ValueId) -> bool, target: &dyn Target) -> Self {
         let users = func.users();
         let only_reader = |v: ValueId| match users[v.0 as usize][..] {
             [n] if !func.results.contains(&v) => Some(n),
@@ -70,8 +89,23 @@ impl Places {
         };
         let bias: Vec<Option<(usize, ValueId)>> = func.nodes.iter().map(bias).collect();
         let count = func.nodes.len();
-        let mut out = Places { elsewhere: vec![false; count], chain: vec![None; count], bias };
-        for (n, _) in out.bias.iter().flatten() {
+        let params = |n: usize| {
+            let node = &func.nodes[n];
+            let (Op::QCast(_), [x, sides @ ..]) = (&node.op, &node.ins[..]) else { return None };
+            let at = func.nodes[..n].iter().position(|p| p.outs == sides && matches!(p.op, Op::QParams(..)))?;
+            let early = sides.iter().any(|s| users[s.0 as usize].iter().any(|&u| u < n));
+            (func.nodes[at].ins[0] == *x && !early && !constant(node.outs[0])).then_some(at)
+        };
+        let params: Vec<Option<usize>> = (0..count).map(params).collect();
+        // What readers of a cache do, unless it is needed before.
+        let mut read_later = vec![false; count];
+        for node in &func.nodes {
+            for n in cached(func, node, constant).map(|(c, _)| c.inside).unwrap_or_default() {
+                read_later[n] = true;
+            }
+        }
+        let mut out = Places { elsewhere: vec![false; count], chain: vec![None; count], bias, params };
+        for n in out.bias.iter().flatten().map(|(n, _)| n).chain(out.params.iter().flatten()) {
             out.elsewhere[*n] = true;
         }
         for (n, node) in func.nodes.iter().enumerate().rev() {
@@ -79,9 +113,17 @@ impl Places {
             if out.elsewhere[n] || constant(v) {
                 continue;
             }
+            let readers = &users[v.0 as usize];
+            let later = |&u: &usize| {
+                let into_cache = func.nodes[u].op == Op::CacheAppend && func.nodes[u].ins[0] != v;
+                read_later[u] && out.elsewhere[u] || into_cache
+            };
+            if read_later[n] && !func.results.contains(&v) && readers.iter().all(later) {
+                out.elsewhere[n] = true;
+                continue;
+            }
             let mapped = is_map(func, node);
             out.chain[n] = mapped.then_some(n);
-            let readers = &users[v.0 as usize];
             if readers.is_empty() || func.results.contains(&v) {
                 continue;
             }
@@ -105,6 +147,9 @@ impl Places {
                     bf16_factors(func, &func.nodes[u]).is_some() && rounded(func, v).is_some()
                 }
                 Op::Transpose(_) => swapped_factors(func, &func.nodes[u]).is_some(),
+                Op::DCast => {
+                    func.nodes[u].ins[1] != v && int_factor(func, &func.nodes[u], constant, target).is_some()
+                }
                 // The other half of a rounding, which goes with it.
                 Op::Cast(Elem::BF16) => func.nodes[u].op == Op::Cast(Elem::F32) && out.elsewhere[u],
                 _ => false,
@@ -150,6 +195,38 @@ fn is_linear(func: &Func, node: &Node, constant: &impl Fn(ValueId) -> bool) -> b
         && constant(node.ins[1])
         && func.ty(node.ins[1]).shape.rank() == 2
         && bf16_factors(func, node).is_none()
+}
+
+/// What a cache that keeps codes is made of, and how it keeps them.
+fn cached(func: &Func, node: &Node, constant: &impl Fn(ValueId) -> bool) -> Option<(Cached, CacheForm)> {
+    let cached = Cached::of(func, node, constant)?;
+    let cast = &func.nodes[cached.cast];
+    let form = cached.form(func, 1 + cast.ins.len())?;
+    (cast.op == Op::DCast).then_some((cached, form))
+}
+
+/// The `dcast` whose codes `x wᵀ` multiplies with those of a packed weight.
+fn int_factor<'a>(
+    func: &'a Func,
+    node: &Node,
+    constant: &impl Fn(ValueId) -> bool,
+    target: &dyn Target,
+) -> Option<&'a Node> {
+    let ([x, w], Op::MatMul { trans_b: true }) = (&node.ins[..], &node.op) else { return None };
+    let cast = func.def_node(*x).filter(|n| n.op == Op::DCast && !constant(*x))?;
+    let Elem::Quant(spec) = func.ty(cast.ins[0]).elem else { return None };
+    packed(func, *w).is_some_and(|w| target.multiplies(spec, w)).then_some(cast)
+}
+
+/// The scheme of a matrix that is codes, scales and zero points among the weights.
+pub(super) fn packed(func: &Func, v: ValueId) -> Option<QuantSpec> {
+    let node = func.def_node(v).filter(|n| n.op == Op::DCast)?;
+    match func.ty(node.ins[0]) {
+        TensorType { elem: Elem::Quant(spec), shape } if shape.rank() == 2 => {
+            node.ins.iter().all(|&i| func.as_weight(i).is_some()).then_some(*spec)
+        }
+        _ => None,
+    }
 }
 
 /// Whether a node is an elementwise operation in `f32` that may be one of several in a pass.

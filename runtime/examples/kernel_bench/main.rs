@@ -196,7 +196,8 @@ fn attentions(pool: &Pool, isa: Isa) {
             unit,
             move || {
                 let rows = |data| Rows::dense(data, keys, kv_heads, head_dim);
-                attention(pool, isa, &s, 0.125, &q, rows(&kv), rows(&v), &mut out, scratch);
+                let (k, v) = (KvRows::Floats(rows(&kv)), KvRows::Floats(rows(&v)));
+                attention(pool, isa, &s, 0.125, &q, k, v, &mut out, scratch);
             },
         ));
     }

@@ -58,6 +58,46 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// Rows of keys or values that are computed when they are read.
+pub trait HeadRows: Sync {
+    /// Writes the positions `from..from + count` of a head of a sequence, `[count, head_dim]`.
+    fn read(&self, b: usize, head: usize, from: usize, count: usize, out: &mut [f32]);
+}
+
+/// Keys or values of all positions.
+#[derive(Clone, Copy)]
+pub enum KvRows<'a> {
+    /// In memory as they are.
+    Floats(Rows<'a>),
+    /// Kept in another form.
+    Other(&'a dyn HeadRows),
+}
+
+impl KvRows<'_> {
+    /// Elements of memory that [`KvRows::head`] needs for `count` positions.
+    fn room(&self, count: usize, head_dim: usize) -> usize {
+        if let KvRows::Floats(_) = self { 0 } else { count * head_dim }
+    }
+
+    /// The positions `from..from + count` of a head, `[count, head_dim]`.
+    fn head<'s>(
+        &'s self,
+        (b, h): (usize, usize),
+        from: usize,
+        count: usize,
+        head_dim: usize,
+        room: &'s mut [f32],
+    ) -> MatRef<'s> {
+        match self {
+            KvRows::Floats(rows) => rows.head(b, h, from + count, head_dim).part(from, 0, count, head_dim),
+            KvRows::Other(rows) => {
+                rows.read(b, h, from, count, room);
+                MatRef::new(room, count, head_dim)
+            }
+        }
+    }
+}
+
 /// `softmax(scale * q kᵀ) v` with query `i` of each sequence seeing the keys `0..=past + i`.
 ///
 /// `q` and `out` are `[batch, seq, heads * head_dim]`; `k` and `v` hold at least `past + seq` positions. Query head
@@ -72,8 +112,8 @@ pub fn attention(
     shape: &AttnShape,
     scale: f32,
     q: &[f32],
-    k: Rows<'_>,
-    v: Rows<'_>,
+    k: KvRows<'_>,
+    v: KvRows<'_>,
     out: &mut [f32],
     scratch: &Scratch,
 ) {
@@ -99,8 +139,8 @@ fn prefill(
     shape: &AttnShape,
     scale: f32,
     q: &[f32],
-    k: Rows<'_>,
-    v: Rows<'_>,
+    k: KvRows<'_>,
+    v: KvRows<'_>,
     out: &mut [f32],
     scratch: &Scratch,
 ) {
@@ -116,7 +156,11 @@ fn prefill(
         let rows = BLOCK.min(seq - from);
         let seen = past + from + rows;
         let kv = h / (heads / kv_heads);
-        let (k, v) = (k.head(b, kv, seen, head_dim), v.head(b, kv, seen, head_dim));
+        let rooms = [k.room(seen, head_dim), v.room(seen, head_dim)];
+        let mut room = scratch.take(rooms[0] + rooms[1]);
+        let (k_room, v_room) = room.split_at_mut(rooms[0]);
+        let k = k.head((b, kv), 0, seen, head_dim, k_room);
+        let v = v.head((b, kv), 0, seen, head_dim, v_room);
         let q = q.head(b, h, seq, head_dim).part(from, 0, rows, head_dim);
         let mut scores = scratch.take(rows * seen + rows * head_dim);
         let (scores, acc) = scores.split_at_mut(rows * seen);
@@ -164,8 +208,8 @@ fn decode(
     shape: &AttnShape,
     scale: f32,
     q: &[f32],
-    k: Rows<'_>,
-    v: Rows<'_>,
+    k: KvRows<'_>,
+    v: KvRows<'_>,
     out: &mut [f32],
     scratch: &Scratch,
 ) {
@@ -180,8 +224,11 @@ fn decode(
         let (b, kv) = (task / kv_heads, task % kv_heads);
         let from = run * RUN;
         let count = RUN.min(keys - from);
-        let k = k.head(b, kv, keys, head_dim).part(from, 0, count, head_dim);
-        let v = v.head(b, kv, keys, head_dim).part(from, 0, count, head_dim);
+        let rooms = [k.room(count, head_dim), v.room(count, head_dim)];
+        let mut room = scratch.take(rooms[0] + rooms[1]);
+        let (k_room, v_room) = room.split_at_mut(rooms[0]);
+        let k = k.head((b, kv), from, count, head_dim, k_room);
+        let v = v.head((b, kv), from, count, head_dim, v_room);
         let q = &q[(b * heads + kv * group) * head_dim..][..group * head_dim];
         let mut scores = scratch.take(group * count);
         let mut of_heads: Vec<&mut [f32]> = scores.chunks_exact_mut(count).collect();
@@ -319,6 +366,7 @@ mod tests {
             };
             for (k, v) in [(by_row(&kd), by_row(&vd)), (by_head(&kd), by_head(&vd))] {
                 let want = naive(&s, 0.3, &q, k, v);
+                let (k, v) = (KvRows::Floats(k), KvRows::Floats(v));
                 for isa in Isa::available() {
                     let mut first = None;
                     for pool in &pools() {

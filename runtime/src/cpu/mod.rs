@@ -31,11 +31,12 @@ pub mod split;
 mod testing;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx512;
+pub mod tiles;
 pub mod transform;
 pub mod transpose;
 pub mod weight;
 
-pub use attention::{AttnShape, Rows, attention};
+pub use attention::{AttnShape, HeadRows, KvRows, Rows, attention};
 pub use attention_grad::attention_grad;
 pub use elementwise::{BinaryOp, UnaryOp, binary, unary};
 pub use gemm::{MatRef, add_product, gram, matmul, matmul_batched};

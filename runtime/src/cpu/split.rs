@@ -14,7 +14,8 @@ mod pack;
 mod unit;
 
 pub use pack::Operand;
-use unit::{Tiles, multiply};
+pub(super) use unit::Tiles;
+use unit::multiply;
 
 /// Rows and columns of a block that one pass over the inner dimension computes: two tiles by two.
 const BLOCK: usize = 32;
@@ -44,6 +45,11 @@ impl Amx {
     /// Asks the machine and the system for the matrix unit; call before threads are started.
     pub fn request() -> Option<Amx> {
         if unit::detect() && unit::permit() { Some(Amx(())) } else { None }
+    }
+
+    /// Whether the unit multiplies bytes, too.
+    pub(super) fn multiplies_bytes(self) -> bool {
+        unit::detect_bytes()
     }
 
     /// `out[m, n] = a bᵀ` for `a[m, k]` and `b[n, k]`; `out` is row-major and dense.

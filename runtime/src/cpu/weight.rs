@@ -162,6 +162,44 @@ pub fn gather_rows(
     });
 }
 
+/// Columns `from..from + count` of all rows of a weight `[n, k]`, one after another: `out` is `[n, count]`.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn read_part(isa: Isa, view: &WeightView<'_>, k: usize, from: usize, count: usize, out: &mut [f32]) {
+    assert!(from + count <= k && out.len().is_multiple_of(count.max(1)), "columns {from}+{count} of {k}");
+    view.check(out.len() / count.max(1), k);
+    isa.run(Part { reader: view.reader(k), k, from, count, out });
+}
+
+struct Part<'a> {
+    reader: RowReader<'a>,
+    k: usize,
+    from: usize,
+    count: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Part<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Part { reader, k, from, count, out } = self;
+        if from.is_multiple_of(8) {
+            for (r, out) in out.chunks_exact_mut(count).enumerate() {
+                fill(&reader.row(r), from, out);
+            }
+            return;
+        }
+        let mut row = vec![0.0; k];
+        for (r, out) in out.chunks_exact_mut(count).enumerate() {
+            fill(&reader.row(r), 0, &mut row);
+            out.copy_from_slice(&row[from..from + count]);
+        }
+    }
+}
+
 /// Writes one row as floats.
 pub(crate) struct Dequantize<'a> {
     pub(crate) row: Row<'a>,

@@ -1,9 +1,10 @@
 //! Constants of a program, read and checked before its first run.
 
 use qrmc_ir::{Data, Elem, EngineError, Grain, QuantSpec, Tensor, WeightError, WeightSource};
-use qrmc_lowering::{Const, Program};
+use qrmc_lowering::{Const, Layout, Program};
 
 use crate::cpu::WeightView;
+use crate::cpu::tiles::Tiles;
 
 /// A constant in memory.
 pub(super) enum Constant {
@@ -11,7 +12,9 @@ pub(super) enum Constant {
     Tensor(Tensor),
     /// Stored 16-bit floats, little-endian.
     Half { elem: Elem, shape: Vec<usize>, bytes: Vec<u8> },
-    /// Packed codes with their scales and zero points.
+    /// Packed codes with their scales and zero points, as products read them.
+    Tiles(Tiles),
+    /// Packed codes with their scales and zero points, row after row.
     Packed { spec: QuantSpec, shape: Vec<usize>, codes: Vec<u8>, scales: Vec<f32>, zeros: Option<Vec<u8>> },
 }
 
@@ -20,18 +23,20 @@ impl Constant {
         match self {
             Constant::Tensor(t) => t.len() * t.elem().bits() / 8,
             Constant::Half { bytes, .. } => bytes.len(),
+            Constant::Tiles(t) => t.bytes(),
             Constant::Packed { codes, scales, zeros, .. } => {
                 codes.len() + 4 * scales.len() + zeros.as_ref().map_or(0, Vec::len)
             }
         }
     }
 
-    /// As the rows of a matrix; `None` if it holds no floats.
+    /// As the rows of a matrix; `None` if it holds no floats, or they do not lie row after row.
     pub(super) fn view(&self) -> Option<WeightView<'_>> {
         Some(match self {
             Constant::Tensor(t) => WeightView::F32(t.as_f32()?),
             Constant::Half { elem: Elem::F16, bytes, .. } => WeightView::F16(bytes),
             Constant::Half { bytes, .. } => WeightView::BF16(bytes),
+            Constant::Tiles(_) => return None,
             Constant::Packed { spec, shape, codes, scales, zeros } => WeightView::Packed {
                 bits: spec.bits,
                 signed: spec.signed,
@@ -46,12 +51,27 @@ impl Constant {
         })
     }
 
+    /// Packed codes in tiles.
+    fn tiles(&self) -> Option<Tiles> {
+        let Constant::Packed { shape, .. } = self else { return None };
+        match shape[..] {
+            [n, k] if n > 0 && k > 0 => Tiles::new(&self.view()?, n, k),
+            _ => None,
+        }
+    }
+
     /// As a host tensor, widened or de-quantized.
     pub(super) fn tensor(&self) -> Tensor {
         match self {
             Constant::Tensor(t) => t.clone(),
             Constant::Half { elem, shape, bytes } => Tensor::from_le_bytes(*elem, shape, bytes)
                 .unwrap_or_else(|_| unreachable!("the length was checked when it was read")),
+            Constant::Tiles(t) => {
+                let (n, k) = t.shape();
+                let mut out = vec![0.0; n * k];
+                out.chunks_exact_mut(k).enumerate().for_each(|(r, row)| t.dequantize_row(r, row));
+                Tensor::f32([n, k], out)
+            }
             Constant::Packed { shape, .. } => {
                 let cols = shape.last().copied().unwrap_or(1).max(1);
                 let mut out = vec![0.0; shape.iter().product()];
@@ -86,7 +106,7 @@ pub(super) fn load(
                     }
                 }))
             }
-            Const::Packed { codes, scale, zero } => {
+            Const::Packed { layout, codes, scale, zero } => {
                 let name = names[codes as usize];
                 let raw = weights.raw(name)?;
                 let (Elem::Quant(spec), Some(shape)) = (raw.ty.elem, ty.shape.as_fixed()) else {
@@ -107,7 +127,11 @@ pub(super) fn load(
                     Grain::Tensor => (vec![scales[0]; rows], zeros.map(|z| vec![z[0]; rows])),
                     _ => (scales, zeros),
                 };
-                Ok(Constant::Packed { spec, shape, codes, scales, zeros })
+                let packed = Constant::Packed { spec, shape, codes, scales, zeros };
+                Ok(match (layout, packed.tiles()) {
+                    (Layout::Tiles, Some(tiles)) => Constant::Tiles(tiles),
+                    _ => packed,
+                })
             }
         })
         .collect()

@@ -1,12 +1,15 @@
 //! Running a program: operands are found, kernels called, results taken out.
 
-use qrmc_ir::{Data, Diag, Dim, DimEnv, EngineError, Op, Place, Sym, Tensor, TensorType};
-use qrmc_lowering::{Arg, Kernel, Step};
+use qrmc_ir::{
+    AttnAttr, Data, Diag, Dim, DimEnv, Elem, EngineError, Grain, Op, Place, Sym, Tensor, TensorType,
+};
+use qrmc_lowering::{Arg, CacheRead, Kernel, Step};
 
 use super::consts::Constant;
-use super::memory::{KvCache, empty, grown};
+use super::cache::{KvCache, NewRows, Read, Reader};
+use super::memory::{empty, grown};
 use super::{Loaded, prims, products, quantize};
-use crate::cpu::{self, AttnShape, Rows};
+use crate::cpu::{self, AttnShape, KvRows, Pool, Rows};
 
 /// An argument.
 pub enum Input<'a> {
@@ -110,7 +113,7 @@ fn bind(loaded: &Loaded, args: &[Input<'_>]) -> Result<DimEnv, EngineError> {
     for (i, (ty, arg)) in program.params.iter().zip(args).enumerate() {
         let (fits, shape) = match arg {
             Input::Tensor(t) => (t.represents(ty.elem), t.shape().to_vec()),
-            Input::Cache(c) => (program.is_cache(i as u32), vec![c.batch, c.len, c.width]),
+            Input::Cache(c) => (program.cache(i as u32) == Some(c.form()), c.shape().to_vec()),
         };
         let fits = fits
             && shape.len() == ty.shape.rank()
@@ -154,16 +157,31 @@ pub(super) fn run(loaded: &Loaded, args: &mut [Input<'_>]) -> Result<Vec<Tensor>
     results
 }
 
+/// Keys or values: in memory, or read from a cache of codes.
+enum Held<'a> {
+    Floats(Rows<'a>),
+    Codes(Reader<'a>),
+}
+
+impl Held<'_> {
+    fn view(&self) -> KvRows<'_> {
+        match self {
+            Held::Floats(rows) => KvRows::Floats(*rows),
+            Held::Codes(reader) => KvRows::Other(reader),
+        }
+    }
+}
+
 struct State<'a, 'i> {
     loaded: &'a Loaded,
     dims: DimEnv,
     args: &'a mut [Input<'i>],
     buffers: Vec<Data>,
-    /// The cache parameter that a buffer stands for.
-    cached: Vec<Option<usize>>,
+    /// The cache parameter that a buffer stands for, and the step that appended to it.
+    cached: Vec<Option<(usize, &'a Step)>>,
 }
 
-impl State<'_, '_> {
+impl<'a> State<'a, '_> {
     fn operand(&self, arg: Arg, ty: &TensorType) -> Result<In<'_>, EngineError> {
         let shape = ty.shape.resolve(&self.dims);
         let len: usize = shape.iter().product();
@@ -207,7 +225,7 @@ impl State<'_, '_> {
         Ok(Tensor::new(shape, data))
     }
 
-    fn step(&mut self, step: &Step) -> Result<(), EngineError> {
+    fn step(&mut self, step: &'a Step) -> Result<(), EngineError> {
         if let Kernel::Op(Op::Call(f)) = step.kernel {
             return self.call(step, f);
         }
@@ -242,70 +260,137 @@ impl State<'_, '_> {
     }
 
     /// Appends to a cache argument, if that is what the step does.
-    fn append_in_place(&mut self, step: &Step) -> Result<bool, EngineError> {
-        let (Kernel::Op(Op::CacheAppend), Some((Arg::Param(p), _))) = (&step.kernel, step.ins.first()) else {
+    fn append_in_place(&mut self, step: &'a Step) -> Result<bool, EngineError> {
+        let (Kernel::Op(Op::CacheAppend) | Kernel::CacheAppend(_), Some((Arg::Param(p), _))) =
+            (&step.kernel, step.ins.first())
+        else {
             return Ok(false);
         };
         let p = *p as usize;
-        if !matches!(self.args[p], Input::Cache(_)) {
-            return Ok(false);
-        }
-        let (arg, ty) = &step.ins[1];
-        let len: usize = ty.shape.resolve(&self.dims).iter().product();
-        let new = match *arg {
-            Arg::Buffer(b) => match &self.buffers[b as usize] {
-                Data::F32(v) => &v[..len],
-                _ => return Err(wrong_kind()),
-            },
-            _ => return Err(wrong_kind()),
-        };
-        let seq = self.dims.seq;
+        // The cache is taken out while the operands are looked at.
         let Input::Cache(cache) = &mut self.args[p] else { return Ok(false) };
-        cache.append(new, seq)?;
-        self.cached[step.outs[0].0 as usize] = Some(p);
+        let mut held = std::mem::replace(&mut **cache, KvCache::new(0, 0, 0, None));
+        let done = self.append(step, &mut held);
+        if let Input::Cache(cache) = &mut self.args[p] {
+            **cache = held;
+        }
+        done?;
+        self.cached[step.outs[0].0 as usize] = Some((p, step));
         Ok(true)
     }
 
-    /// Keys or values of an attention: a tensor or a cache.
-    fn rows(&self, arg: Arg, ty: &TensorType, head_dim: usize) -> Result<Rows<'_>, EngineError> {
-        if let Arg::Buffer(b) = arg
-            && let Some(Input::Cache(c)) = self.cached[b as usize].map(|p| &self.args[p])
-        {
-            return Ok(Rows {
-                data: &c.data,
-                batch_stride: c.capacity * c.width,
-                row_stride: c.width,
-                head_stride: head_dim,
+    /// Appends the new rows of a step to a cache.
+    fn append(&self, step: &Step, cache: &mut KvCache) -> Result<(), EngineError> {
+        let (arg, ty) = &step.ins[1];
+        let new = self.operand(*arg, ty)?;
+        let Kernel::CacheAppend(form) = &step.kernel else {
+            return cache.append(&NewRows::Floats(new.f32()?), &[], self.dims.seq);
+        };
+        let pos = form.positions().map(|at| self.operand(step.ins[at].0, &step.ins[at].1)).transpose()?;
+        let pos = pos.as_ref().map(In::i32).transpose()?.unwrap_or(&[]);
+        let side = |i: usize| self.operand(step.ins[i].0, &step.ins[i].1);
+        let scales = side(2)?;
+        let scales = scales.widened()?;
+        let zeros = if form.spec.zero { Some(side(3)?) } else { None };
+        let rows = match (new.data()?, &zeros) {
+            (Slice::U8(codes), Some(zeros)) => NewRows::Unsigned(codes, &scales, zeros.u8()?),
+            (Slice::I8(codes), None) => NewRows::Signed(codes, &scales),
+            _ => return Err(wrong_kind()),
+        };
+        cache.append(&rows, pos, self.dims.seq)
+    }
+
+    /// The rows of a cache of codes for those who read them, as the step that appends to it says.
+    fn reader<'r>(&'r self, step: &Step, cache: &'r KvCache, head_dim: usize) -> Result<Reader<'r>, EngineError> {
+        let Kernel::CacheAppend(form) = &step.kernel else { return Err(wrong_kind()) };
+        let m = &*self.loaded.machine;
+        let operand = |i: usize| self.operand(step.ins[i].0, &step.ins[i].1);
+        let channels = match form.spec.grain {
+            Grain::Channel => Some((operand(2)?.widened()?, operand(3)?.u8()?)),
+            _ => None,
+        };
+        let turns = |attr| m.turns.of(attr, cache.positions());
+        let mut reads = Vec::new();
+        for r in &form.reads {
+            reads.push(match r {
+                CacheRead::Add { operand: v } => Read::Add(operand(*v)?.widened()?),
+                CacheRead::Rope { attr, .. } => Read::Rope(turns(attr)?),
+                CacheRead::AddTurned { operand: v, attr, block, .. } => {
+                    Read::AddTurned(operand(*v)?.widened()?, turns(attr)?, block.map(|n| n as usize))
+                }
             });
         }
-        let x = self.operand(arg, ty)?;
+        let alone = Pool::new(1).map_err(|e| EngineError::System(e.to_string()))?;
+        Ok(Reader { cache, isa: m.isa, channels, reads, head_dim, alone, scratch: &m.scratch })
+    }
+
+    /// Appends rows of codes to a tensor: as floats.
+    fn append_floats(&self, step: &Step, out: &mut prims::Out) -> Result<(), EngineError> {
+        let past = self.operand(step.ins[0].0, &step.ins[0].1)?;
+        let Kernel::CacheAppend(form) = &step.kernel else { return Err(wrong_kind()) };
+        let (batch, width) = (out.0[0], out.0[2]);
+        let mut new = KvCache::new(batch, self.dims.seq, width, Some(form));
+        self.append(step, &mut new)?;
+        let head = form.reads.iter().find_map(|r| match r {
+            CacheRead::Add { .. } => None,
+            CacheRead::Rope { attr, .. } | CacheRead::AddTurned { attr, .. } => Some(attr.head_dim as usize),
+        });
+        let rows = self.reader(step, &new, head.unwrap_or(width))?.all();
+        let (old, y) = (past.f32()?, prims::floats(out)?);
+        let (old_len, new_len) = (self.dims.past * width, self.dims.seq * width);
+        for (b, y) in y.chunks_exact_mut((old_len + new_len).max(1)).enumerate() {
+            let (first, last) = y.split_at_mut(old_len);
+            first.copy_from_slice(&old[b * old_len..][..old_len]);
+            last.copy_from_slice(&rows[b * new_len..][..new_len]);
+        }
+        Ok(())
+    }
+
+    /// Runs an attention on keys and values that are tensors or caches.
+    fn attention(&self, a: &AttnAttr, step: &Step, out: &mut prims::Out) -> Result<(), EngineError> {
+        let m = &*self.loaded.machine;
+        let shape = AttnShape {
+            batch: self.dims.batch,
+            seq: self.dims.seq,
+            past: self.dims.past,
+            heads: a.heads as usize,
+            kv_heads: a.kv_heads as usize,
+            head_dim: out.0[2] / a.heads as usize,
+        };
+        let q = self.operand(step.ins[0].0, &step.ins[0].1)?;
+        let (k, v) = (self.rows(&step.ins[1], shape.head_dim)?, self.rows(&step.ins[2], shape.head_dim)?);
+        let (k, v, out) = (k.view(), v.view(), prims::floats(out)?);
+        cpu::attention(&m.pool, m.isa, &shape, a.scale.0 as f32, q.f32()?, k, v, out, &m.scratch);
+        Ok(())
+    }
+
+    /// Keys or values of an attention.
+    fn rows(&self, (arg, ty): &(Arg, TensorType), head_dim: usize) -> Result<Held<'_>, EngineError> {
+        if let Arg::Buffer(b) = arg
+            && let Some((p, step)) = &self.cached[*b as usize]
+            && let Input::Cache(cache) = &self.args[*p]
+        {
+            return Ok(match cache.floats(head_dim) {
+                Some(rows) => Held::Floats(rows),
+                None => Held::Codes(self.reader(step, cache, head_dim)?),
+            });
+        }
+        let x = self.operand(*arg, ty)?;
         let width = x.shape[2];
-        Ok(Rows {
+        Ok(Held::Floats(Rows {
             data: x.f32()?,
             batch_stride: x.shape[1] * width,
             row_stride: width,
             head_stride: head_dim,
-        })
+        }))
     }
 
     fn kernel(&self, step: &Step, outs: &mut [(Vec<usize>, Data)]) -> Result<(), EngineError> {
         let m = &*self.loaded.machine;
-        if let Kernel::Op(Op::Attention(a)) = &step.kernel {
-            let head_dim = outs[0].0[2] / a.heads as usize;
-            let shape = AttnShape {
-                batch: self.dims.batch,
-                seq: self.dims.seq,
-                past: self.dims.past,
-                heads: a.heads as usize,
-                kv_heads: a.kv_heads as usize,
-                head_dim,
-            };
-            let q = self.operand(step.ins[0].0, &step.ins[0].1)?;
-            let k = self.rows(step.ins[1].0, &step.ins[1].1, head_dim)?;
-            let v = self.rows(step.ins[2].0, &step.ins[2].1, head_dim)?;
-            let out = prims::floats(&mut outs[0])?;
-            cpu::attention(&m.pool, m.isa, &shape, a.scale.0 as f32, q.f32()?, k, v, out, &m.scratch);
-            return Ok(());
+        match &step.kernel {
+            Kernel::Op(Op::Attention(a)) => return self.attention(a, step, &mut outs[0]),
+            Kernel::CacheAppend(_) => return self.append_floats(step, &mut outs[0]),
+            _ => {}
         }
         let mut ins = Vec::new();
         for (arg, ty) in &step.ins {
@@ -315,6 +400,12 @@ impl State<'_, '_> {
             return products::attention_grad(m, a, &ins, outs);
         }
         match &step.kernel {
+            Kernel::Quantize(spec, rule) => quantize::quantize(m, (*spec, *rule), &ins, outs),
+            Kernel::IntLinear { weight } => {
+                let Elem::Quant(spec) = step.ins[0].1.elem else { return Err(wrong_kind()) };
+                let (sides, bias) = (&ins[1..*weight], ins.get(weight + 1));
+                products::int_linear(m, spec, (&ins[0], &ins[*weight]), sides, bias, &mut outs[0])
+            }
             Kernel::Op(
                 op @ (Op::QParams(..)
                 | Op::QCast(_)

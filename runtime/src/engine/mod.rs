@@ -1,11 +1,13 @@
 //! The CPU engine: lowers functions once, prepares their weights, runs their programs.
 
+mod cache;
 mod consts;
 mod exec;
 mod memory;
 mod prims;
 mod products;
 mod quantize;
+mod turns;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,11 +20,12 @@ use qrmc_lowering::{Cpu, Kernel, Program, lower_func, weight_order};
 
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::split::Amx;
+use crate::cpu::tiles::IntPath;
 use crate::cpu::{Isa, MatRef, Pool, Scratch};
 use consts::Constant;
 
+pub use cache::KvCache;
 pub use exec::Input;
-pub use memory::KvCache;
 
 /// Fewer rows than this are not worth the packing for the matrix unit.
 const UNIT_ROWS: usize = 64;
@@ -34,6 +37,10 @@ struct Machine {
     scratch: Arc<Scratch>,
     /// Shared with the coarse engine: what one of them left is of no use while the other runs.
     spare: Arc<memory::Spare>,
+    /// How products of codes are computed.
+    path: IntPath,
+    digits: memory::Cuts,
+    turns: turns::AllTurns,
     #[cfg(target_arch = "x86_64")]
     amx: Option<Amx>,
     /// Whether products of `f32` are split products, where there is a matrix unit.
@@ -113,6 +120,12 @@ impl CpuEngine {
                 isa: Isa::detect(),
                 scratch: scratch.clone(),
                 spare: spare.clone(),
+                #[cfg(target_arch = "x86_64")]
+                path: IntPath::detect(amx),
+                #[cfg(not(target_arch = "x86_64"))]
+                path: IntPath::detect(),
+                digits: memory::Cuts::default(),
+                turns: turns::AllTurns::default(),
                 #[cfg(target_arch = "x86_64")]
                 amx,
                 coarse,

@@ -37,6 +37,8 @@ pub(super) fn run(
         Kernel::Bf16(op) => products::bf16(m, op, ins, out),
         Kernel::OnGrid { casts, split } => products::on_grid(m, casts, *split, ins, out),
         Kernel::Map { ins: spread, steps } => map(m, spread, steps, ins, out),
+        // These have other operands and results; the caller runs them.
+        Kernel::Quantize(..) | Kernel::IntLinear { .. } | Kernel::CacheAppend(_) => Err(wrong_kind()),
         Kernel::Op(op) => match op {
             Op::Gather => gather(m, ins, out),
             Op::RmsNorm(eps) => {
@@ -283,20 +285,13 @@ pub(super) fn broadcast_index(i: usize, common: &[usize], dims: &[usize]) -> usi
 }
 
 fn rope(m: &Machine, attr: &RopeAttr, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
-    let pos = ins[1].i32()?;
-    let d = attr.head_dim as usize;
-    let (freq, factor) = (attr.inv_freq(), attr.attention_factor());
-    let mut tables = [Vec::with_capacity(pos.len() * d / 2), Vec::with_capacity(pos.len() * d / 2)];
-    for &p in pos {
-        for f in &freq {
-            // The angle is rounded to f32 once, as the definition of the operation has it.
-            let angle = f64::from((f64::from(p) * f64::from(*f as f32)) as f32);
-            tables[0].push((f64::from(angle.cos() as f32) * factor) as f32);
-            tables[1].push((f64::from(angle.sin() as f32) * factor) as f32);
-        }
-    }
-    let heads = ins[0].shape[2] / d;
-    cpu::rope(&m.pool, m.isa, ins[0].f32()?, heads, d, &tables[0], &tables[1], floats(out)?);
+    let (x, pos) = (ins[0].widened()?, ins[1].i32()?);
+    let width = out.0.last().copied().unwrap_or(1);
+    let turns = m.turns.of(attr, pos)?;
+    let y = floats(out)?;
+    // A vector is the same row for every position.
+    y.chunks_mut(x.len().max(1)).for_each(|y| y.copy_from_slice(&x[..y.len()]));
+    turns.turn(&m.pool, m.isa, pos, width, y);
     Ok(())
 }
 

@@ -1,11 +1,13 @@
 //! Products of matrices, and the gradient of attention, which is made of them.
 
-use qrmc_ir::{AttnAttr, EngineError, Op};
+use qrmc_ir::{AttnAttr, EngineError, Op, QuantSpec};
 
+use super::consts::Constant;
 use super::exec::{In, Slice, wrong_kind};
 use super::prims::{Out, broadcast_index, floats};
 use super::quantize::row_scales;
 use super::{Factors, Machine, Stored, UNIT_ROWS};
+use crate::cpu::tiles::{self, Side, Tiles};
 use crate::cpu::{self, AttnShape, MatRef};
 
 /// Up to this many rows and columns, a product over many terms is done in registers.
@@ -78,6 +80,47 @@ pub(super) fn on_grid(
     matmul(m, true, factors, out)
 }
 
+/// `x wᵀ` of a quantized activation and a packed weight, and a bias.
+pub(super) fn int_linear(
+    m: &Machine,
+    spec: QuantSpec,
+    (codes, weight): (&In<'_>, &In<'_>),
+    ins: &[In<'_>],
+    bias: Option<&In<'_>>,
+    out: &mut Out,
+) -> Result<(), EngineError> {
+    let scales = ins[0].f32()?;
+    let side = match codes.data()? {
+        Slice::U8(codes) => Side::Unsigned { codes, bits: spec.bits, scales, zeros: ins[1].u8()? },
+        Slice::I8(codes) => Side::Signed { codes, scales },
+        _ => return Err(wrong_kind()),
+    };
+    let Slice::Const(Constant::Tiles(w)) = weight.data else { return Err(wrong_kind()) };
+    let y = floats(out)?;
+    tiled(m, side, w, y);
+    add_bias(m, bias, w.shape().0, y)
+}
+
+/// A product with packed codes.
+fn tiled(m: &Machine, x: Side<'_>, w: &Tiles, y: &mut [f32]) {
+    let (n, k) = w.shape();
+    let mut digits = m.digits.take();
+    digits.cut(&m.pool, m.isa, x, (y.len() / n.max(1), k), w.group());
+    tiles::product(&m.pool, m.path, &digits, w, y, &m.scratch);
+    m.digits.give(digits);
+}
+
+fn add_bias(m: &Machine, bias: Option<&In<'_>>, n: usize, y: &mut [f32]) -> Result<(), EngineError> {
+    let Some(bias) = bias else { return Ok(()) };
+    let bias = bias.widened()?;
+    m.pool.for_chunks(y, n.max(1) * 64, |_, rows| {
+        for row in rows.chunks_mut(n) {
+            row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
+        }
+    });
+    Ok(())
+}
+
 /// `x wᵀ`, and a bias.
 pub(super) fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
     let (pool, isa) = (&m.pool, m.isa);
@@ -90,20 +133,16 @@ pub(super) fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), E
         _ => None,
     };
     let y = floats(out)?;
+    if let Slice::Const(Constant::Tiles(w)) = ins[1].data {
+        tiled(m, Side::Floats(x), w, y);
+        return add_bias(m, ins.get(2), n, y);
+    }
     let view = view.ok_or_else(wrong_kind)?;
     let split = matches!(&view, cpu::WeightView::F32(w) if m.unit_product(Factors::F32, Stored::Rows(x), Stored::Rows(w), (rows, k, n), y));
     if !split {
         cpu::linear(pool, isa, x, (rows, k), &view, n, y, &m.scratch);
     }
-    if let Some(bias) = ins.get(2) {
-        let bias = bias.widened()?;
-        pool.for_chunks(y, n.max(1) * 64, |_, rows| {
-            for row in rows.chunks_mut(n) {
-                row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
-            }
-        });
-    }
-    Ok(())
+    add_bias(m, ins.get(2), n, y)
 }
 
 /// A matrix product; leading dimensions broadcast.

@@ -23,22 +23,7 @@ pub(super) fn run(
     let rows = ins[0].shape.iter().product::<usize>() / cols.max(1);
     let run_of = |spec: QuantSpec| grid::run_length(spec, rows, cols);
     match op {
-        Op::QParams(spec, rule) => {
-            let chosen = params(m, (*spec, *rule), ins)?;
-            let (scales, rest) = outs.split_at_mut(1);
-            let scales = floats(&mut scales[0])?;
-            let mut zeros = match rest.first_mut() {
-                Some((_, Data::U8(z))) => Some(&mut z[..scales.len()]),
-                _ => None,
-            };
-            for (i, q) in chosen.iter().enumerate() {
-                scales[i] = q.scale;
-                if let Some(z) = &mut zeros {
-                    z[i] = q.zero as u8;
-                }
-            }
-            Ok(())
-        }
+        Op::QParams(spec, rule) => put_params(&params(m, (*spec, *rule), ins)?, outs),
         Op::QCast(spec) if spec.grain == Grain::Channel => {
             let (x, q) = (ins[0].widened()?, sides(&ins[1..])?);
             let code = |i: usize, x: f32| grid::quantize(x, q[i % cols.max(1)], *spec);
@@ -50,26 +35,7 @@ pub(super) fn run(
             }
             Ok(())
         }
-        Op::QCast(spec) => {
-            let (run, x, q) = (run_of(*spec), ins[0].widened()?, sides(&ins[1..])?);
-            let per_task = (CHUNK / run).max(1) * run;
-            let len = x.len();
-            let (pool, isa) = (&m.pool, m.isa);
-            match &mut outs[0].1 {
-                Data::U8(y) => pool.for_chunks(&mut y[..len], per_task, |c, y| {
-                    let x = &x[c * per_task..][..y.len()];
-                    let q = &q[c * per_task / run..];
-                    isa.run(Quantize { x, q, run, spec: *spec, put: |i, code| y[i] = code as u8 });
-                }),
-                Data::I8(y) => pool.for_chunks(&mut y[..len], per_task, |c, y| {
-                    let x = &x[c * per_task..][..y.len()];
-                    let q = &q[c * per_task / run..];
-                    isa.run(Quantize { x, q, run, spec: *spec, put: |i, code| y[i] = code as i8 });
-                }),
-                _ => return Err(wrong_kind()),
-            }
-            Ok(())
-        }
+        Op::QCast(spec) => cast(m, *spec, &ins[0].widened()?, &sides(&ins[1..])?, run_of(*spec), &mut outs[0]),
         Op::DCast => {
             let Elem::Quant(spec) = types[0].1.elem else { return Err(wrong_kind()) };
             let (run, q) = (run_of(spec), sides(&ins[1..])?);
@@ -122,6 +88,57 @@ pub(super) fn run(
         Op::ClipRangeGrad(spec) => clip_range_grad(m, run_of(*spec), ins, outs),
         _ => Err(wrong_kind()),
     }
+}
+
+/// Scales, zero points if the scheme has them, and codes of the first operand; the others are factors on its range.
+pub(super) fn quantize(
+    m: &Machine,
+    (spec, rule): (QuantSpec, Rule),
+    ins: &[In<'_>],
+    outs: &mut [(Vec<usize>, Data)],
+) -> Result<(), EngineError> {
+    let Some((codes, sides)) = outs.split_last_mut() else { return Err(wrong_kind()) };
+    let chosen = params(m, (spec, rule), ins)?;
+    put_params(&chosen, sides)?;
+    let cols = ins[0].shape.last().copied().unwrap_or(1);
+    let x = ins[0].widened()?;
+    cast(m, spec, &x, &chosen, grid::run_length(spec, x.len() / cols.max(1), cols), codes)
+}
+
+/// Writes scales, and zero points if there is a place for them.
+fn put_params(chosen: &[QParam], outs: &mut [(Vec<usize>, Data)]) -> Result<(), EngineError> {
+    let (scales, rest) = outs.split_at_mut(1);
+    let scales = floats(&mut scales[0])?;
+    scales.iter_mut().zip(chosen).for_each(|(s, q)| *s = q.scale);
+    if let Some((_, Data::U8(zeros))) = rest.first_mut() {
+        zeros.iter_mut().zip(chosen).for_each(|(z, q)| *z = q.zero as u8);
+    }
+    Ok(())
+}
+
+/// The codes of `x`, whose runs have the scales and zero points `q`.
+fn cast(
+    m: &Machine,
+    spec: QuantSpec,
+    x: &[f32],
+    q: &[QParam],
+    run: usize,
+    out: &mut (Vec<usize>, Data),
+) -> Result<(), EngineError> {
+    let per_task = (CHUNK / run).max(1) * run;
+    let (pool, isa) = (&m.pool, m.isa);
+    match &mut out.1 {
+        Data::U8(y) => pool.for_chunks(&mut y[..x.len()], per_task, |c, y| {
+            let (x, q) = (&x[c * per_task..][..y.len()], &q[c * per_task / run..]);
+            isa.run(Quantize { x, q, run, spec, put: |i, code| y[i] = code as u8 });
+        }),
+        Data::I8(y) => pool.for_chunks(&mut y[..x.len()], per_task, |c, y| {
+            let (x, q) = (&x[c * per_task..][..y.len()], &q[c * per_task / run..]);
+            isa.run(Quantize { x, q, run, spec, put: |i, code| y[i] = code as i8 });
+        }),
+        _ => return Err(wrong_kind()),
+    }
+    Ok(())
 }
 
 /// Scale and zero point of each run of the first operand; the others are factors on its range.

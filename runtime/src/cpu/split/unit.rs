@@ -6,10 +6,10 @@ use std::arch::asm;
 use super::PART;
 
 /// This thread's tile registers, given back when dropped.
-pub(super) struct Tiles;
+pub(in super::super) struct Tiles;
 
 impl Tiles {
-    pub(super) fn configure() -> Self {
+    pub(in super::super) fn configure() -> Self {
         let mut config = [0u8; 64];
         config[0] = 1;
         for t in 0..8 {
@@ -123,6 +123,12 @@ pub(super) fn detect() -> bool {
         let edx = __cpuid_count(7, 0).edx;
         edx >> 24 & 1 == 1 && edx >> 22 & 1 == 1
     }
+}
+
+/// Whether the processor has products of bytes on tiles (CPUID leaf 7, EDX bit 25).
+pub(super) fn detect_bytes() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx >> 25 & 1 == 1
 }
 
 /// Asks Linux to let this process use tiles: `arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)`.

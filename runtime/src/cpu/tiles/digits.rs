@@ -1,0 +1,292 @@
+//! The left side of a product as signed bytes.
+#![allow(unsafe_code, reason = "each task writes the parts of its own rows")]
+
+use super::PIECE;
+use crate::cpu::pool::{Pool, SharedMut};
+use crate::cpu::simd::{Isa, Kernel, Lanes};
+
+/// Inner elements over which floats share an exponent, and whose products with codes of 8 bits fit 32 bits when the
+/// upper two digits are joined.
+const FLOAT_BLOCK: usize = 256;
+/// Inner elements over which products of two bytes fit 32 bits.
+const CODE_BLOCK: usize = 32 * 1024;
+/// Digits of a float: 24 bits.
+const FLOAT_DIGITS: usize = 3;
+/// The largest magnitude that three signed digits hold on both sides.
+const FLOAT_TOP: f32 = (127 * 65_536 + 127 * 256 + 127) as f32;
+/// Rows are filled up to a multiple of this with zeros.
+const ROWS: usize = 32;
+/// Elements that one task cuts, about.
+const TASK: usize = 16 * 1024;
+
+/// What is on the left of a product `[m, k]`.
+#[derive(Clone, Copy, Debug)]
+pub enum Side<'a> {
+    /// `m * k` floats.
+    Floats(&'a [f32]),
+    /// Unsigned codes with a scale and a zero point for each row.
+    Unsigned {
+        /// `m * k` codes.
+        codes: &'a [u8],
+        /// Their width, up to 8.
+        bits: u8,
+        /// `m` scales.
+        scales: &'a [f32],
+        /// `m` zero points.
+        zeros: &'a [u8],
+    },
+    /// Signed codes with a scale for each row.
+    Signed {
+        /// `m * k` codes.
+        codes: &'a [i8],
+        /// `m` scales.
+        scales: &'a [f32],
+    },
+}
+
+/// The left side of a product, cut for one way to group the inner dimension.
+///
+/// An element `x` of an inner block is `step (d0 + 256 d1 + 65536 d2 + shift)` with digits in `-128..=127`. Codes have one
+/// digit, the step is the row's scale, and the shift is what their zero point leaves after the digit took 128 off; floats
+/// have three digits, no shift, and a power of two for each block as the step: what they lose is at most `step / 2`, where
+/// `step` is at most `2^-21` of the largest magnitude of the block.
+#[derive(Clone, Debug, Default)]
+pub struct Digits {
+    pub(super) rows: usize,
+    /// Digits of an element.
+    pub(super) count: usize,
+    /// Bytes of one digit of a row.
+    pub(super) stride: usize,
+    pub(super) group: usize,
+    pub(super) groups: usize,
+    /// Inner elements whose products are summed as whole numbers; the last block of a group may be shorter.
+    pub(super) block: usize,
+    /// By row and digit.
+    planes: Vec<i8>,
+    /// By row, digit and block.
+    sums: Vec<i32>,
+    /// By row and block for floats, by row for codes.
+    steps: Vec<f32>,
+    shifts: Vec<f32>,
+}
+
+impl Digits {
+    /// Cuts `x[m, k]` for weights whose rows have groups of `group`; what was held before is lost, and its memory used again.
+    ///
+    /// A block of floats with a NaN or an infinity has a step of NaN, and so has what is computed from it.
+    ///
+    /// # Panics
+    /// If `group` does not divide `k`, or a length does not fit.
+    pub fn cut(&mut self, pool: &Pool, isa: Isa, x: Side<'_>, (m, k): (usize, usize), group: usize) {
+        assert!(group > 0 && k.is_multiple_of(group), "groups of {group} in rows of {k}");
+        x.check(m, k);
+        let floats = matches!(x, Side::Floats(_));
+        self.rows = m;
+        self.count = if floats { FLOAT_DIGITS } else { 1 };
+        (self.group, self.groups) = (group, k / group);
+        self.block = group.min(if floats { FLOAT_BLOCK } else { CODE_BLOCK });
+        // A tile reads whole pieces, past the end of the row.
+        self.stride = self.groups * self.padded_group() + PIECE;
+        let (count, stride, blocks) = (self.count, self.stride, self.blocks());
+        let steps = if floats { blocks } else { 1 };
+        self.planes.clear();
+        self.planes.resize(m.next_multiple_of(ROWS) * count * stride, 0);
+        self.sums.resize(m * count * blocks, 0);
+        self.steps.resize(m * steps, 0.0);
+        self.shifts.resize(m, 0.0);
+        let cut = Cut { x, k, group, padded: self.padded_group(), block: self.block, stride };
+        let (planes, sums) = (SharedMut::new(&mut self.planes), SharedMut::new(&mut self.sums));
+        let (all_steps, shifts) = (SharedMut::new(&mut self.steps), SharedMut::new(&mut self.shifts));
+        let at_once = TASK.div_ceil(k.max(1));
+        pool.for_each(m.div_ceil(at_once), |task| {
+            for row in task * at_once..m.min((task + 1) * at_once) {
+                // SAFETY: the parts of a row are this task's alone.
+                let (planes, sums, steps, shift) = unsafe {
+                    (
+                        planes.part(row * count * stride, count * stride),
+                        sums.part(row * count * blocks, count * blocks),
+                        all_steps.part(row * steps, steps),
+                        shifts.part(row, 1),
+                    )
+                };
+                isa.run(CutRow { cut: &cut, row, planes, sums, steps, shift: &mut shift[0] });
+            }
+        });
+    }
+
+    /// Bytes of a group in a row of a plane.
+    pub(super) fn padded_group(&self) -> usize {
+        self.group.next_multiple_of(4)
+    }
+
+    /// Blocks of a group.
+    pub(super) fn blocks_of_group(&self) -> usize {
+        self.group.div_ceil(self.block.max(1))
+    }
+
+    /// Blocks of a row.
+    fn blocks(&self) -> usize {
+        self.groups * self.blocks_of_group()
+    }
+
+    /// Where digit `d` of a row starts.
+    #[inline(always)]
+    pub(super) fn plane(&self, row: usize, d: usize) -> &[i8] {
+        &self.planes[(row * self.count + d) * self.stride..][..self.stride]
+    }
+
+    /// The digits of all rows, each row filled up to a multiple of 32.
+    #[inline(always)]
+    pub(super) fn planes(&self) -> &[i8] {
+        &self.planes
+    }
+
+    /// The sum of a digit over a block, blocks being counted along the row.
+    #[inline(always)]
+    pub(super) fn sum(&self, row: usize, d: usize, block: usize) -> i32 {
+        self.sums[(row * self.count + d) * self.blocks() + block]
+    }
+
+    /// What the sum of products over a block is multiplied by.
+    #[inline(always)]
+    pub(super) fn step(&self, row: usize, block: usize) -> f32 {
+        if self.count == 1 { 1.0 } else { self.steps[row * self.blocks() + block] }
+    }
+
+    /// The shift of a row, and what its result is multiplied by.
+    #[inline(always)]
+    pub(super) fn finish(&self, row: usize) -> (f32, f32) {
+        (self.shifts[row], if self.count == 1 { self.steps[row] } else { 1.0 })
+    }
+}
+
+impl Side<'_> {
+    /// Panics unless this is `[m, k]`.
+    fn check(&self, m: usize, k: usize) {
+        let lens = match *self {
+            Side::Floats(x) => (x.len(), m, m),
+            Side::Unsigned { codes, bits, scales, zeros } => {
+                assert!(bits <= 8, "codes of {bits} bits");
+                (codes.len(), scales.len(), zeros.len())
+            }
+            Side::Signed { codes, scales } => (codes.len(), scales.len(), m),
+        };
+        assert_eq!(lens, (m * k, m, m), "elements, scales and zero points of a left side [{m}, {k}]");
+    }
+}
+
+/// What all rows share.
+struct Cut<'a> {
+    x: Side<'a>,
+    k: usize,
+    group: usize,
+    padded: usize,
+    block: usize,
+    stride: usize,
+}
+
+/// One row: its planes one after another, its sums by digit and block.
+struct CutRow<'a> {
+    cut: &'a Cut<'a>,
+    row: usize,
+    planes: &'a mut [i8],
+    sums: &'a mut [i32],
+    steps: &'a mut [f32],
+    shift: &'a mut f32,
+}
+
+impl Kernel for CutRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let CutRow { cut, row, planes, sums, steps, shift } = self;
+        let span = row * cut.k..(row + 1) * cut.k;
+        *shift = 0.0;
+        match cut.x {
+            Side::Floats(x) => {
+                let blocks = steps.len();
+                let (d0, rest) = planes.split_at_mut(cut.stride);
+                let (d1, d2) = rest.split_at_mut(cut.stride);
+                for (b, (x, at)) in cut.blocks(&x[span]).enumerate() {
+                    let to = at..at + x.len();
+                    steps[b] = digits(x, &mut d0[to.clone()], &mut d1[to.clone()], &mut d2[to.clone()]);
+                    sums[b] = sum(&d0[to.clone()]);
+                    sums[blocks + b] = sum(&d1[to.clone()]);
+                    sums[2 * blocks + b] = sum(&d2[to]);
+                }
+            }
+            Side::Unsigned { codes, bits, scales, zeros } => {
+                steps[0] = scales[row];
+                // Codes of eight bits less their zero point would need nine.
+                let offset = if bits < 8 { zeros[row] } else { 128 };
+                *shift = f32::from(i16::from(offset) - i16::from(zeros[row]));
+                for (b, (codes, at)) in cut.blocks(&codes[span]).enumerate() {
+                    let out = &mut planes[at..at + codes.len()];
+                    for (d, &c) in out.iter_mut().zip(codes) {
+                        *d = c.wrapping_sub(offset) as i8;
+                    }
+                    sums[b] = sum(out);
+                }
+            }
+            Side::Signed { codes, scales } => {
+                steps[0] = scales[row];
+                for (b, (codes, at)) in cut.blocks(&codes[span]).enumerate() {
+                    let out = &mut planes[at..at + codes.len()];
+                    out.copy_from_slice(codes);
+                    sums[b] = sum(out);
+                }
+            }
+        }
+    }
+}
+
+impl Cut<'_> {
+    /// The blocks of a row, and where their digits go.
+    #[inline(always)]
+    fn blocks<'x, T>(&self, row: &'x [T]) -> impl Iterator<Item = (&'x [T], usize)> {
+        let (block, padded) = (self.block, self.padded);
+        row.chunks(self.group).enumerate().flat_map(move |(g, group)| {
+            group.chunks(block).enumerate().map(move |(b, x)| (x, g * padded + b * block))
+        })
+    }
+}
+
+#[inline(always)]
+fn sum(digits: &[i8]) -> i32 {
+    digits.iter().map(|&d| i32::from(d)).sum()
+}
+
+/// Cuts a block of floats into digits, the lowest first, and gives the step.
+#[inline(always)]
+fn digits(x: &[f32], d0: &mut [i8], d1: &mut [i8], d2: &mut [i8]) -> f32 {
+    const ABS: u32 = 0x7fff_ffff;
+    let mut most = 0u32;
+    for x in x {
+        most = most.max(x.to_bits() & ABS);
+    }
+    if !f32::from_bits(most).is_finite() {
+        d0.fill(0);
+        d1.fill(0);
+        d2.fill(0);
+        return f32::NAN;
+    }
+    // The exponent that gives the largest magnitude 23 binary places, or 22 where it would not fit three digits.
+    let exponent = |places: u32| (most >> 23).saturating_sub(places).max(1);
+    let inverse = |e: u32| f32::from_bits((254 - e) << 23);
+    let fits = |e: u32| (f32::from_bits(most) * inverse(e)).round_ties_even() <= FLOAT_TOP;
+    let e = if fits(exponent(22)) { exponent(22) } else { exponent(21) };
+    let inverse = inverse(e);
+    for (((x, d0), d1), d2) in x.iter().zip(d0).zip(d1).zip(d2) {
+        // Adding 1.5 * 2^52 rounds half to even, and the whole number then stands in the low bits.
+        const ROUND: f64 = 6_755_399_441_055_744.0;
+        let t = (f64::from(x * inverse) + ROUND).to_bits() as i32;
+        let low = ((t + 128) & 255) - 128;
+        let t = (t - low) >> 8;
+        let middle = ((t + 128) & 255) - 128;
+        *d0 = low as i8;
+        *d1 = middle as i8;
+        *d2 = ((t - middle) >> 8) as i8;
+    }
+    f32::from_bits(e << 23)
+}

@@ -1,0 +1,241 @@
+//! How the codes of a weight lie in memory.
+
+use super::{LANES, LINE, PIECE};
+use crate::cpu::weight::WeightView;
+
+/// A weight `[n, k]` in the order in which the kernels read it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Tiles {
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) bits: u8,
+    /// Neighbours along a row that share a scale; divides `k`.
+    pub(super) group: usize,
+    /// By block of sixteen rows, group, and piece: see [`Tiles::piece`].
+    codes: Vec<u8>,
+    /// By block, group and row; 0 for rows beyond the last.
+    scales: Vec<f32>,
+    zeros: Zeros,
+    /// `Σ s (c - z)` of each row, what an offset of the left side is multiplied by.
+    weighted: Vec<f32>,
+}
+
+/// The zero points in terms of unsigned codes.
+#[derive(Clone, PartialEq, Debug)]
+enum Zeros {
+    All(u8),
+    /// By block, group and row.
+    Each(Vec<u8>),
+}
+
+/// Widths of the bit planes that codes are cut into, the lowest bits first.
+pub(super) fn planes(bits: u8) -> impl Iterator<Item = u8> {
+    let small = [4, 2, 1].into_iter().filter(move |p| bits < 8 && bits & p != 0);
+    (bits == 8).then_some(8).into_iter().chain(small)
+}
+
+/// Stored lines of a plane of `width` bits for this many lines of four codes a row.
+pub(super) fn stored_lines(lines: usize, width: u8) -> usize {
+    (lines * usize::from(width)).div_ceil(8)
+}
+
+fn piece_bytes(lines: usize, bits: u8) -> usize {
+    planes(bits).map(|p| stored_lines(lines, p) * LINE).sum()
+}
+
+impl Tiles {
+    /// Puts packed codes into this order; `None` if `w` holds floats.
+    ///
+    /// # Panics
+    /// If a length does not fit the shape.
+    pub fn new(w: &WeightView<'_>, n: usize, k: usize) -> Option<Self> {
+        w.check(n, k);
+        let WeightView::Packed { bits, signed, codes, group, scales, zeros } = *w else { return None };
+        let (blocks, groups) = (n.div_ceil(LANES), k / group);
+        let mut out = Tiles {
+            n,
+            k,
+            bits,
+            group,
+            codes: Vec::new(),
+            scales: vec![0.0; blocks * groups * LANES],
+            zeros: match zeros {
+                None => Zeros::All(if signed { 1 << (bits - 1) } else { 0 }),
+                Some(_) => Zeros::Each(vec![0; blocks * groups * LANES]),
+            },
+            weighted: vec![0.0; blocks * LANES],
+        };
+        out.codes = vec![0; blocks * out.block_bytes()];
+        let row_bytes = w.row_bytes(k);
+        let mut row = Vec::with_capacity(k);
+        for r in 0..n {
+            row.clear();
+            qrmc_ir::pack::unpack_row(&codes[r * row_bytes..(r + 1) * row_bytes], bits, k, |c| row.push(c));
+            let (block, lane) = (r / LANES, r % LANES);
+            let mut sum = 0.0f64;
+            for g in 0..groups {
+                let (from, to) = (r * groups + g, (block * groups + g) * LANES + lane);
+                out.scales[to] = scales[from];
+                if let (Zeros::Each(all), Some(z)) = (&mut out.zeros, zeros) {
+                    all[to] = z[from];
+                }
+                let zero = i64::from(out.zero(block, g, lane));
+                let codes = &row[g * group..(g + 1) * group];
+                let whole: i64 = codes.iter().map(|&c| i64::from(c) - zero).sum();
+                sum += f64::from(scales[from]) * whole as f64;
+                out.put(block, g, lane, codes);
+            }
+            out.weighted[r] = sum as f32;
+        }
+        Some(out)
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        let zeros = if let Zeros::Each(z) = &self.zeros { z.len() } else { 0 };
+        self.codes.len() + 4 * (self.scales.len() + self.weighted.len()) + zeros
+    }
+
+    /// Rows and columns of the weight.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+
+    /// Neighbours along a row that share a scale.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Row `row` as floats.
+    ///
+    /// # Panics
+    /// If there is no such row, or `out` is not as long as one.
+    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.n && out.len() == self.k, "row {row} of {}, {} columns", self.n, out.len());
+        let (block, lane) = (row / LANES, row % LANES);
+        let mut codes = [0; PIECE / 4 * LINE];
+        for (g, out) in out.chunks_exact_mut(self.group).enumerate() {
+            let (scale, zero) = (self.scales(block, g)[lane], f32::from(self.zero(block, g, lane)));
+            for (i, out) in out.chunks_mut(PIECE).enumerate() {
+                let (stored, lines) = self.piece(block, g, i);
+                unpack(stored, lines, self.bits, &mut codes);
+                for (j, o) in out.iter_mut().enumerate() {
+                    *o = scale * (f32::from(codes[j / 4 * LINE + 4 * lane + j % 4]) - zero);
+                }
+            }
+        }
+    }
+
+    pub(super) fn blocks(&self) -> usize {
+        self.n.div_ceil(LANES)
+    }
+
+    pub(super) fn groups(&self) -> usize {
+        self.k / self.group
+    }
+
+    fn group_bytes(&self) -> usize {
+        let (full, rest) = (self.group / PIECE, self.group % PIECE);
+        full * piece_bytes(PIECE / 4, self.bits) + piece_bytes(rest.div_ceil(4), self.bits)
+    }
+
+    /// Bytes of the codes of sixteen rows.
+    pub(super) fn block_bytes(&self) -> usize {
+        self.groups() * self.group_bytes()
+    }
+
+    /// Codes `64 i ..` of a group, for the rows of a block: the stored bytes and the lines that they hold.
+    ///
+    /// Line `l` holds the codes `4 l .. 4 l + 4` of each row, row after row, a byte each; the last line is filled up with
+    /// codes that the left side multiplies by 0. A plane of `p` bits keeps the lines `s`, `s + t`, `s + 2 t`, … in the
+    /// bits `0..p`, `p..2 p`, … of its line `s < t`.
+    #[inline(always)]
+    pub(super) fn piece(&self, block: usize, group: usize, i: usize) -> (&[u8], usize) {
+        let lines = (self.group - i * PIECE).min(PIECE).div_ceil(4);
+        let at = self.piece_at(block, group, i);
+        (&self.codes[at..at + piece_bytes(lines, self.bits)], lines)
+    }
+
+    fn piece_at(&self, block: usize, group: usize, i: usize) -> usize {
+        block * self.block_bytes() + group * self.group_bytes() + i * piece_bytes(PIECE / 4, self.bits)
+    }
+
+    /// Writes the codes of one group of one row.
+    fn put(&mut self, block: usize, group: usize, lane: usize, codes: &[u8]) {
+        for (i, codes) in codes.chunks(PIECE).enumerate() {
+            let (mut at, lines) = (self.piece_at(block, group, i), codes.len().div_ceil(4));
+            let mut base = 0;
+            for p in planes(self.bits) {
+                let stored = stored_lines(lines, p);
+                let mask = ((1u16 << p) - 1) as u8;
+                for (j, &c) in codes.iter().enumerate() {
+                    let (line, byte) = (j / 4, 4 * lane + j % 4);
+                    let shift = line / stored * usize::from(p);
+                    self.codes[at + line % stored * LINE + byte] |= (c >> base & mask) << shift;
+                }
+                at += stored * LINE;
+                base += p;
+            }
+        }
+    }
+
+    /// Scales of the rows of a block.
+    #[inline(always)]
+    pub(super) fn scales(&self, block: usize, group: usize) -> &[f32; LANES] {
+        let at = (block * self.groups() + group) * LANES;
+        self.scales[at..at + LANES].as_array().unwrap_or_else(|| unreachable!("sixteen"))
+    }
+
+    /// The zero point of one row.
+    fn zero(&self, block: usize, group: usize, lane: usize) -> u8 {
+        match &self.zeros {
+            Zeros::All(z) => *z,
+            Zeros::Each(all) => all[(block * self.groups() + group) * LANES + lane],
+        }
+    }
+
+    /// The zero point of all rows and groups, if they have one.
+    #[inline(always)]
+    pub(super) fn one_zero(&self) -> Option<u8> {
+        if let Zeros::All(z) = self.zeros { Some(z) } else { None }
+    }
+
+    /// Zero points of the rows of a block.
+    #[inline(always)]
+    pub(super) fn zeros(&self, block: usize, group: usize) -> [u8; LANES] {
+        match &self.zeros {
+            Zeros::All(z) => [*z; LANES],
+            Zeros::Each(all) => {
+                let at = (block * self.groups() + group) * LANES;
+                *all[at..at + LANES].as_array().unwrap_or_else(|| unreachable!("sixteen"))
+            }
+        }
+    }
+
+    /// `Σ s (c - z)` of the rows of a block.
+    #[inline(always)]
+    pub(super) fn weighted(&self, block: usize) -> &[f32; LANES] {
+        let at = block * LANES;
+        self.weighted[at..at + LANES].as_array().unwrap_or_else(|| unreachable!("sixteen"))
+    }
+}
+
+/// The lines of a piece, a code a byte.
+#[inline(always)]
+pub(super) fn unpack(stored: &[u8], lines: usize, bits: u8, out: &mut [u8; PIECE / 4 * LINE]) {
+    let (mut at, mut base) = (0, 0);
+    for p in planes(bits) {
+        let count = stored_lines(lines, p);
+        let mask = ((1u16 << p) - 1) as u8;
+        for line in 0..lines {
+            let (from, shift) = (at + line % count * LINE, line / count * usize::from(p));
+            for i in 0..LINE {
+                let part = (stored[from + i] >> shift & mask) << base;
+                let o = &mut out[line * LINE + i];
+                *o = if base == 0 { part } else { *o | part };
+            }
+        }
+        at += count * LINE;
+        base += p;
+    }
+}

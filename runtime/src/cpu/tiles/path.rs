@@ -1,0 +1,65 @@
+//! Which instructions compute the sums.
+
+use crate::cpu::simd::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::{simd::Level, split::Amx};
+
+/// A way to compute sums of products of bytes that this machine has.
+#[derive(Clone, Copy, Debug)]
+pub struct IntPath(pub(super) Kind);
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    Plain(Isa),
+    /// Byte products of AVX-512 (VNNI).
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
+    /// The matrix unit for several rows, VNNI for few.
+    #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
+}
+
+impl IntPath {
+    /// All paths that this machine can run, slowest first.
+    #[cfg(target_arch = "x86_64")]
+    pub fn available(unit: Option<Amx>) -> Vec<IntPath> {
+        let isas = Isa::available();
+        let wide = isas.last().is_some_and(|isa| isa.level() == Level::Avx512);
+        let vnni = wide && is_x86_feature_detected!("avx512vnni");
+        let mut all: Vec<IntPath> = isas.into_iter().map(|isa| IntPath(Kind::Plain(isa))).collect();
+        if vnni {
+            all.push(IntPath(Kind::Vnni));
+            all.extend(unit.filter(|u| u.multiplies_bytes()).map(|u| IntPath(Kind::Amx(u))));
+        }
+        all
+    }
+
+    /// The best of [`IntPath::available`].
+    #[cfg(target_arch = "x86_64")]
+    pub fn detect(unit: Option<Amx>) -> IntPath {
+        IntPath::available(unit).pop().unwrap_or(IntPath(Kind::Plain(Isa::PORTABLE)))
+    }
+
+    /// All paths that this machine can run, slowest first.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn available() -> Vec<IntPath> {
+        Isa::available().into_iter().map(|isa| IntPath(Kind::Plain(isa))).collect()
+    }
+
+    /// The best of [`IntPath::available`].
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn detect() -> IntPath {
+        IntPath(Kind::Plain(Isa::detect()))
+    }
+
+    /// Name for reports.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Kind::Plain(isa) => isa.name(),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Vnni => "avx512-vnni",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx(_) => "amx-int8",
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! The sums in byte products of AVX-512 (VNNI).
+#![allow(unsafe_code, reason = "AVX-512 intrinsics; a path of this kind proves that the machine has them")]
+
+use std::arch::x86_64::*;
+
+use super::digits::Digits;
+use super::layout::{Tiles, planes, stored_lines, unpack};
+use super::{LINE, PIECE, Sums};
+
+/// How far ahead codes are asked for, in bytes.
+const DISTANCE: usize = 2048;
+
+/// Adds the float sums of block `block` of the weight with the rows `first..first + y.len()` to `y`.
+///
+/// # Safety
+/// The machine has AVX-512 F, BW, DQ, VL and VNNI.
+pub(super) unsafe fn sums(x: &Digits, w: &Tiles, block: usize, first: usize, y: &mut [Sums]) {
+    let mut first = first;
+    let mut rest = y;
+    while !rest.is_empty() {
+        let now = match rest.len() {
+            1 => 1,
+            2 | 3 => 2,
+            _ => 4,
+        };
+        let (y, later) = rest.split_at_mut(now);
+        // SAFETY: promised by the caller.
+        unsafe {
+            match (now, x.count) {
+                (1, 1) => by_width::<1, 1, 4>(x, w, block, first, y),
+                (1, _) => by_width::<1, 3, 2>(x, w, block, first, y),
+                (2, 1) => by_width::<2, 1, 2>(x, w, block, first, y),
+                (2, _) => by_width::<2, 3, 1>(x, w, block, first, y),
+                (_, 1) => by_width::<4, 1, 2>(x, w, block, first, y),
+                _ => by_width::<4, 3, 1>(x, w, block, first, y),
+            }
+        }
+        (first, rest) = (first + now, later);
+    }
+}
+
+/// # Safety
+/// As [`sums`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn by_width<const M: usize, const COUNT: usize, const U: usize>(
+    x: &Digits,
+    w: &Tiles,
+    block: usize,
+    first: usize,
+    y: &mut [Sums],
+) {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        match w.bits {
+            2 => rows::<M, COUNT, U, 2>(x, w, block, first, y),
+            3 => rows::<M, COUNT, U, 3>(x, w, block, first, y),
+            4 => rows::<M, COUNT, U, 4>(x, w, block, first, y),
+            5 => rows::<M, COUNT, U, 5>(x, w, block, first, y),
+            6 => rows::<M, COUNT, U, 6>(x, w, block, first, y),
+            7 => rows::<M, COUNT, U, 7>(x, w, block, first, y),
+            _ => rows::<M, COUNT, U, 8>(x, w, block, first, y),
+        }
+    }
+}
+
+/// # Safety
+/// As [`sums`]; `y` has `M` rows, and the digits are `COUNT`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u8>(
+    x: &Digits,
+    w: &Tiles,
+    block: usize,
+    first: usize,
+    y: &mut [Sums],
+) {
+    let left: [[&[i8]; COUNT]; M] = std::array::from_fn(|r| std::array::from_fn(|d| x.plane(first + r, d)));
+    let mut out = [_mm512_setzero_ps(); M];
+    let pieces = w.group.div_ceil(PIECE);
+    let per_block = x.block.div_ceil(PIECE);
+    for g in 0..w.groups() {
+        // SAFETY: sixteen scales.
+        let scales = unsafe { _mm512_loadu_ps(w.scales(block, g).as_ptr()) };
+        for b in 0..x.blocks_of_group() {
+            let mut acc = [[[_mm512_setzero_si512(); U]; COUNT]; M];
+            for i in b * per_block..pieces.min((b + 1) * per_block) {
+                let (stored, lines) = w.piece(block, g, i);
+                let at = g * x.padded_group() + i * PIECE;
+                let left = left.map(|planes| planes.map(|p| p[at..at + 4 * lines].as_ptr()));
+                for s in 0..stored.len() / LINE {
+                    _mm_prefetch::<_MM_HINT_T0>(stored.as_ptr().wrapping_add(s * LINE + DISTANCE).cast());
+                }
+                if lines == PIECE / 4 {
+                    for l in 0..PIECE / 4 {
+                        // SAFETY: a full piece of this width is stored, and the left side has 64 digits from here on.
+                        unsafe { add_line(&mut acc, l, line::<BITS>(stored.as_ptr(), l), left) };
+                    }
+                } else {
+                    let mut codes = [0; PIECE / 4 * LINE];
+                    unpack(stored, lines, BITS, &mut codes);
+                    for l in 0..lines {
+                        // SAFETY: the buffer holds this line, and the left side has four digits for each line.
+                        unsafe { add_line(&mut acc, l, load(codes.as_ptr().add(l * LINE)), left) };
+                    }
+                }
+            }
+            let n = g * x.blocks_of_group() + b;
+            let zeros = match w.one_zero() {
+                Some(z) => _mm512_set1_epi32(i32::from(z)),
+                // SAFETY: sixteen zero points.
+                None => _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(w.zeros(block, g).as_ptr().cast()) }),
+            };
+            for (r, (out, acc)) in out.iter_mut().zip(&acc).enumerate() {
+                let part = |d: usize| {
+                    let sum = acc[d].iter().fold(_mm512_setzero_si512(), |s, a| _mm512_add_epi32(s, *a));
+                    let all = _mm512_set1_epi32(x.sum(first + r, d, n));
+                    _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, all))
+                };
+                let low = _mm512_cvtepi32_ps(part(0));
+                let whole = if COUNT == 1 {
+                    low
+                } else {
+                    let high = _mm512_add_epi32(_mm512_slli_epi32::<8>(part(2)), part(1));
+                    // The product is exact, so this rounds as a product and a sum do.
+                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0), low)
+                };
+                let step = _mm512_mul_ps(scales, _mm512_set1_ps(x.step(first + r, n)));
+                *out = _mm512_add_ps(*out, _mm512_mul_ps(step, whole));
+            }
+        }
+    }
+    for (y, out) in y.iter_mut().zip(out) {
+        // SAFETY: sixteen floats.
+        unsafe { _mm512_storeu_ps(y.as_mut_ptr(), _mm512_add_ps(_mm512_loadu_ps(y.as_ptr()), out)) };
+    }
+}
+
+/// Adds the products of a line of codes with four digits of each row.
+///
+/// # Safety
+/// AVX-512 F and VNNI; four digits at `4 l` of each of `left`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn add_line<const M: usize, const COUNT: usize, const U: usize>(
+    acc: &mut [[[__m512i; U]; COUNT]; M],
+    l: usize,
+    codes: __m512i,
+    left: [[*const i8; COUNT]; M],
+) {
+    for (acc, left) in acc.iter_mut().zip(left) {
+        for (acc, p) in acc.iter_mut().zip(left) {
+            // SAFETY: promised by the caller.
+            let four = unsafe { p.add(4 * l).cast::<i32>().read_unaligned() };
+            acc[l % U] = _mm512_dpbusd_epi32(acc[l % U], codes, _mm512_set1_epi32(four));
+        }
+    }
+}
+
+/// # Safety
+/// 64 bytes at `p`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load(p: *const u8) -> __m512i {
+    // SAFETY: promised by the caller.
+    unsafe { _mm512_loadu_si512(p.cast()) }
+}
+
+/// Line `l` of a full piece.
+///
+/// # Safety
+/// A full piece of codes of `BITS` bits at `p`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn line<const BITS: u8>(p: *const u8, l: usize) -> __m512i {
+    let (mut at, mut base) = (0, 0);
+    let mut codes = _mm512_setzero_si512();
+    for width in planes(BITS) {
+        let stored = stored_lines(PIECE / 4, width);
+        // SAFETY: each plane holds `stored` lines, and `l` is below sixteen.
+        let bytes = unsafe { load(p.add(at + l % stored * LINE)) };
+        if width == 8 {
+            return bytes;
+        }
+        // Bits that come over from the neighbour byte are masked away.
+        let down = (l / stored * usize::from(width)) as i32 - i32::from(base);
+        let moved = match down {
+            0 => bytes,
+            1.. => _mm512_srl_epi16(bytes, _mm_cvtsi32_si128(down)),
+            _ => _mm512_sll_epi16(bytes, _mm_cvtsi32_si128(-down)),
+        };
+        let mask = _mm512_set1_epi8((((1u16 << width) - 1) << base) as i8);
+        codes = _mm512_or_si512(codes, _mm512_and_si512(moved, mask));
+        at += stored * LINE;
+        base += width;
+    }
+    codes
+}
