@@ -33,6 +33,10 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Continue a prompt
     Generate(GenerateArgs),
+    /// Prove that what runs is what was evaluated: kernels against the reference interpreter
+    Check(CheckArgs),
+    /// Measure tokens a second
+    Bench(BenchArgs),
     /// Say what a compile will need, without doing it
     Plan(CompileArgs),
     /// List passes and presets with their options
@@ -66,7 +70,7 @@ pub(crate) enum Emit {
 #[derive(Args, Debug, Clone)]
 pub(crate) struct MachineArgs {
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(short, long, value_name = "N")]
     pub(crate) threads: Option<usize>,
 }
 
@@ -265,6 +269,44 @@ pub(crate) struct GenerateArgs {
     /// Seed of the sampling
     #[arg(long, default_value_t = 42)]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CheckArgs {
+    /// A model or an artefact
+    pub(crate) model: PathBuf,
+    /// Run every kernel and the reference interpreter on the same operands: equal integers, floats within 2e-5 of the
+    /// largest of their tensor
+    #[arg(long)]
+    pub(crate) parity: bool,
+    /// Tokens that run at once, before two that run alone
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) tokens: usize,
+    /// Seed of the tokens
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BenchArgs {
+    /// A model or an artefact
+    pub(crate) model: PathBuf,
+    /// Tokens of the prompts; 0: no prefill is measured
+    #[arg(short, long, value_name = "N", default_value_t = 512)]
+    pub(crate) prompt: usize,
+    /// New tokens; 0: no decode is measured
+    #[arg(short, long, value_name = "N", default_value_t = 128)]
+    pub(crate) new: usize,
+    /// Sequences side by side, such as 1,4,16
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1")]
+    pub(crate) batch: Vec<usize>,
+    /// Runs of each, of which the median is told
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(crate) repeats: usize,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
 }

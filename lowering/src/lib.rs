@@ -1,6 +1,7 @@
 //! Verified modules become programs for a target, packed artefacts and exports.
 
 pub mod artefact;
+mod define;
 mod lower;
 pub mod materialize;
 mod program;

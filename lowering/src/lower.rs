@@ -7,8 +7,8 @@ mod fuse;
 use std::collections::{HashMap, HashSet};
 
 use qrmc_ir::{
-    Diag, Elem, Func, Grain, Module, Node, Op, Place, QuantSpec, TensorType, ValueId, Verified, expand, extract, infer,
-    rewrite,
+    Diag, Elem, Func, Grain, Module, Node, Op, Place, QuantSpec, TensorType, ValueId, Verified, expand,
+    extract, infer, rewrite,
 };
 
 use crate::program::{Arg, Buffer, Const, Kernel, Layout, Program, Size, Step};
@@ -177,7 +177,11 @@ fn open_casts(module: &Module, func: &Func, target: &dyn Target) -> Result<Func,
     rewrite(module, func, |b, node, ins| match node.op {
         Op::FakeQuant(spec, _) if !derived[node.outs[0].0 as usize] => {
             let (v, grouped) = (node.outs[0], matches!(spec.grain, Grain::Group(_) | Grain::Token));
-            if multiplied(v, spec) || grouped && kept.contains(&v) { expand(b, &node.op, ins) } else { Ok(None) }
+            if multiplied(v, spec) || grouped && kept.contains(&v) {
+                expand(b, &node.op, ins)
+            } else {
+                Ok(None)
+            }
         }
         _ => Ok(None),
     })

@@ -1,10 +1,12 @@
 //! Runs qrmc programs: CPU kernels, generation, evaluation and data sets.
 
 pub mod batch;
+pub mod bench;
 pub mod cpu;
 pub mod engine;
 pub mod eval;
 pub mod generate;
+pub mod parity;
 pub mod sample;
 pub mod session;
 pub mod tasks;

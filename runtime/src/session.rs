@@ -2,7 +2,7 @@
 
 use qrmc_ir::{EngineError, ModelFacts, Module, Prepared, Tensor, WeightSource};
 
-use crate::engine::{CpuEngine, Input, KvCache, Loaded};
+use crate::engine::{CpuEngine, Input, KvCache, Loaded, Watch};
 
 /// Positions that prefill runs at once, and rows of logits that exist at once.
 const CHUNK: usize = 512;
@@ -102,6 +102,11 @@ impl Session {
         self.embed.bytes() + self.layers.iter().map(Loaded::bytes).sum::<usize>() + self.head.bytes()
     }
 
+    /// Bytes of weights that a step of one token reads: all but the table of embeddings.
+    pub fn step_bytes(&self) -> u64 {
+        (self.layers.iter().map(Loaded::bytes).sum::<usize>() + self.head.bytes()) as u64
+    }
+
     /// Empty caches with room for `capacity` positions of `batch` sequences.
     pub fn caches(&self, batch: usize, capacity: usize) -> Caches {
         let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
@@ -127,6 +132,28 @@ impl Session {
         Ok(x)
     }
 
+    /// Runs token ids `[B, S]` through all functions and into the caches as [`Session::stream`] and [`Session::logits`] do,
+    /// with an eye on every step; logits are those behind the last position.
+    ///
+    /// # Errors
+    /// As [`Session::stream`], and what `watch` says.
+    pub fn watched(
+        &self,
+        ids: &Tensor,
+        caches: &mut Caches,
+        watch: &mut Watch<'_>,
+    ) -> Result<Tensor, EngineError> {
+        let (past, seq) = (caches.len(), ids.shape()[1]);
+        let pos = Tensor::i32([seq], (past..past + seq).map(|p| p as i32).collect());
+        let mut x = self.embed.run_watched(&mut [Input::Tensor(ids)], watch)?.remove(0);
+        for (layer, (k, v)) in self.layers.iter().zip(&mut caches.0) {
+            let mut args = [Input::Tensor(&x), Input::Tensor(&pos), Input::Cache(k), Input::Cache(v)];
+            x = layer.run_watched(&mut args, watch)?.remove(0);
+        }
+        let last = last_row(&x);
+        Ok(self.head.run_watched(&mut [Input::Tensor(&last)], watch)?.remove(0))
+    }
+
     /// Logits `[B, S, vocab]` of a residual stream.
     ///
     /// # Errors
@@ -146,11 +173,15 @@ impl Session {
             last = Some(self.stream(&ids, caches)?);
         }
         let Some(x) = last else { return Err(EngineError::System("a prompt without tokens".into())) };
-        let width = x.shape()[2];
-        let rows = x.as_f32().unwrap_or(&[]);
-        let row = Tensor::f32([1, 1, width], rows[rows.len() - width..].to_vec());
-        Ok(self.logits(&row)?.as_f32().unwrap_or(&[]).to_vec())
+        Ok(self.logits(&last_row(&x))?.as_f32().unwrap_or(&[]).to_vec())
     }
+}
+
+/// The last row of a stream `[1, S, n]`.
+fn last_row(stream: &Tensor) -> Tensor {
+    let n = stream.shape()[2];
+    let rows = stream.as_f32().unwrap_or(&[]);
+    Tensor::f32([1, 1, n], rows[rows.len() - n..].to_vec())
 }
 
 /// The rows of a stream `[1, S, n]` in parts of at most 512: logits of all at once would not fit for long windows.

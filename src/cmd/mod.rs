@@ -1,5 +1,7 @@
 //! One file a command.
 
+mod bench;
+mod check;
 mod compile;
 mod diff;
 mod emit;
@@ -22,6 +24,8 @@ use crate::ui::Ui;
 pub(crate) fn run(cli: Cli, ui: &Ui) -> Result<(), Failure> {
     match cli.command {
         Command::Compile(args) => compile::run(&args, ui),
+        Command::Check(args) => check::run(&args, ui),
+        Command::Bench(args) => bench::run(&args, ui),
         Command::Plan(args) => plan::run(&args, ui),
         Command::Opt(args) => opt::run(&args, ui),
         Command::Inspect(args) => inspect::run(&args, ui),

@@ -45,7 +45,9 @@ impl Cached {
                     let (x, read) = match () {
                         () if vector(b) => (a, CacheRead::Add { operand: out.operand(b) }),
                         () if vector(a) => (b, CacheRead::Add { operand: out.operand(a) }),
-                        () => [(a, b), (b, a)].into_iter().find_map(|(x, b)| Some((x, out.turned(func, b, constant)?)))?,
+                        () => [(a, b), (b, a)]
+                            .into_iter()
+                            .find_map(|(x, b)| Some((x, out.turned(func, b, constant)?)))?,
                     };
                     out.reads.push(read);
                     v = x;
@@ -70,11 +72,15 @@ impl Cached {
     fn turned(&mut self, func: &Func, v: ValueId, constant: &impl Fn(ValueId) -> bool) -> Option<CacheRead> {
         let at = |v: ValueId| func.nodes.iter().position(|n| n.outs.contains(&v));
         let (mut block, mut inside, mut turn) = (None, Vec::new(), at(v)?);
-        if let (Op::Hadamard { block: n, inverse: false }, &[x]) = (&func.nodes[turn].op, &func.nodes[turn].ins[..]) {
+        if let (Op::Hadamard { block: n, inverse: false }, &[x]) =
+            (&func.nodes[turn].op, &func.nodes[turn].ins[..])
+        {
             (block, turn) = (Some(*n), at(x)?);
             inside.push(at(v)?);
         }
-        let (Op::Rope(attr), &[x, pos]) = (&func.nodes[turn].op, &func.nodes[turn].ins[..]) else { return None };
+        let (Op::Rope(attr), &[x, pos]) = (&func.nodes[turn].op, &func.nodes[turn].ins[..]) else {
+            return None;
+        };
         let leading = func.ty(x).shape.0.split_last().map(|(_, l)| l.iter().all(|d| *d == Dim::Fixed(1)));
         if !constant(x) || leading != Some(true) {
             return None;

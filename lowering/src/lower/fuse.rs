@@ -29,7 +29,11 @@ pub(super) fn kernels(func: &Func, constant: impl Fn(ValueId) -> bool, target: &
         if let Some(params) = places.params[n] {
             let Op::QParams(spec, rule) = func.nodes[params].op else { unreachable!("the scales of a cast") };
             let outs = [&func.nodes[params].outs[..], &node.outs].concat();
-            out.push(Fused { kernel: Kernel::Quantize(spec, rule), ins: func.nodes[params].ins.clone(), outs });
+            out.push(Fused {
+                kernel: Kernel::Quantize(spec, rule),
+                ins: func.nodes[params].ins.clone(),
+                outs,
+            });
             continue;
         }
         if let Some((cached, form)) = cached(func, node, &constant) {
@@ -92,7 +96,8 @@ impl Places {
         let params = |n: usize| {
             let node = &func.nodes[n];
             let (Op::QCast(_), [x, sides @ ..]) = (&node.op, &node.ins[..]) else { return None };
-            let at = func.nodes[..n].iter().position(|p| p.outs == sides && matches!(p.op, Op::QParams(..)))?;
+            let at =
+                func.nodes[..n].iter().position(|p| p.outs == sides && matches!(p.op, Op::QParams(..)))?;
             let early = sides.iter().any(|s| users[s.0 as usize].iter().any(|&u| u < n));
             (func.nodes[at].ins[0] == *x && !early && !constant(node.outs[0])).then_some(at)
         };

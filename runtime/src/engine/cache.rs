@@ -123,7 +123,8 @@ impl KvCache {
     pub fn join(parts: &[&KvCache], capacity: usize) -> Result<Self, EngineError> {
         let Some(first) = parts.first() else { return Ok(KvCache::new(0, capacity, 0, None)) };
         let alike = |p: &&KvCache| {
-            (p.len, p.width, p.form(), &p.positions) == (first.len, first.width, first.form(), &first.positions)
+            (p.len, p.width, p.form(), &p.positions)
+                == (first.len, first.width, first.form(), &first.positions)
         };
         if first.len > capacity || !parts.iter().all(alike) {
             let held: Vec<(usize, usize)> = parts.iter().map(|p| (p.len, p.width)).collect();
@@ -167,7 +168,12 @@ impl KvCache {
     }
 
     /// Appends `seq` rows to each sequence. `positions` are those of the rows, where reading depends on them.
-    pub(super) fn append(&mut self, new: &NewRows<'_>, positions: &[i32], seq: usize) -> Result<(), EngineError> {
+    pub(super) fn append(
+        &mut self,
+        new: &NewRows<'_>,
+        positions: &[i32],
+        seq: usize,
+    ) -> Result<(), EngineError> {
         if self.len + seq > self.capacity {
             let (have, room) = (self.len + seq, self.capacity);
             return Err(EngineError::System(format!("{have} positions do not fit a cache of {room}")));
@@ -194,6 +200,14 @@ impl KvCache {
         self.len += seq;
         self.positions.extend_from_slice(positions);
         Ok(())
+    }
+
+    /// A copy of all rows, `[batch, len, width]`, if they are floats.
+    pub(super) fn dense(&self) -> Option<Vec<f32>> {
+        let Rows::Floats(x) = &self.rows else { return None };
+        let each = self.capacity * self.width;
+        let held = |b| &x[b * each..][..self.len * self.width];
+        Some((0..self.batch).flat_map(held).copied().collect())
     }
 
     /// The rows as floats in memory, if that is what they are.
@@ -316,7 +330,9 @@ impl HeadRows for Reader<'_> {
         if let Some((scales, zeros)) = &self.channels {
             let channels = head * d..(head + 1) * d;
             for row in out[..count * d].chunks_exact_mut(d) {
-                for ((y, &s), &z) in row.iter_mut().zip(&scales[channels.clone()]).zip(&zeros[channels.clone()]) {
+                for ((y, &s), &z) in
+                    row.iter_mut().zip(&scales[channels.clone()]).zip(&zeros[channels.clone()])
+                {
                     *y = s * (*y - f32::from(z));
                 }
             }

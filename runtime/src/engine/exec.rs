@@ -3,10 +3,10 @@
 use qrmc_ir::{
     AttnAttr, Data, Diag, Dim, DimEnv, Elem, EngineError, Grain, Op, Place, Sym, Tensor, TensorType,
 };
-use qrmc_lowering::{Arg, CacheRead, Kernel, Step};
+use qrmc_lowering::{Arg, CacheForm, CacheRead, Kernel, Step};
 
-use super::consts::Constant;
 use super::cache::{KvCache, NewRows, Read, Reader};
+use super::consts::Constant;
 use super::memory::{empty, grown};
 use super::{Loaded, prims, products, quantize};
 use crate::cpu::{self, AttnShape, KvRows, Pool, Rows};
@@ -131,7 +131,14 @@ fn bind(loaded: &Loaded, args: &[Input<'_>]) -> Result<DimEnv, EngineError> {
     Ok(DimEnv { batch: get(Sym::B).unwrap_or(1), seq, past })
 }
 
-pub(super) fn run(loaded: &Loaded, args: &mut [Input<'_>]) -> Result<Vec<Tensor>, EngineError> {
+/// Gets each step with its operands before it and its results behind it; caches are shown as what their readers see.
+pub type Watch<'w> = dyn FnMut(&Step, &[Tensor], &[Tensor]) -> Result<(), EngineError> + Send + 'w;
+
+pub(super) fn run(
+    loaded: &Loaded,
+    args: &mut [Input<'_>],
+    mut watch: Option<&mut Watch<'_>>,
+) -> Result<Vec<Tensor>, EngineError> {
     let dims = bind(loaded, args)?;
     let program = &loaded.program;
     let mut state =
@@ -148,13 +155,31 @@ pub(super) fn run(loaded: &Loaded, args: &mut [Input<'_>]) -> Result<Vec<Tensor>
                 *len = 0;
             }
         }
-        state.step(step)?;
+        match &mut watch {
+            None => state.step(step)?,
+            Some(watch) => {
+                let ins: Vec<Tensor> = state.seen(step, step.ins.iter())?;
+                state.step(step)?;
+                let outs: Vec<(Arg, TensorType)> =
+                    step.outs.iter().map(|(b, ty)| (Arg::Buffer(*b), ty.clone())).collect();
+                watch(step, &ins, &state.seen(step, outs.iter())?)?;
+            }
+        }
     }
     let results = program.results.iter().enumerate();
     let last_use = |i: usize, a: Arg| !program.results[i + 1..].iter().any(|(b, _)| *b == a);
     let results = results.map(|(i, (arg, ty))| state.result(*arg, ty, last_use(i, *arg))).collect();
     loaded.machine.spare.give(state.buffers);
     results
+}
+
+/// Channels of a row that are read together.
+fn head_of(form: &CacheForm, width: usize) -> usize {
+    let head = form.reads.iter().find_map(|r| match r {
+        CacheRead::Add { .. } => None,
+        CacheRead::Rope { attr, .. } | CacheRead::AddTurned { attr, .. } => Some(attr.head_dim as usize),
+    });
+    head.unwrap_or(width)
 }
 
 /// Keys or values: in memory, or read from a cache of codes.
@@ -214,15 +239,49 @@ impl<'a> State<'a, '_> {
                 return Ok(Tensor::new(shape, std::mem::replace(buffer, Data::U8(Vec::new()))));
             }
         }
+        self.copied(arg, ty)
+    }
+
+    /// Operands or results of a step as tensors.
+    fn seen<'t>(
+        &self,
+        step: &Step,
+        args: impl Iterator<Item = &'t (Arg, TensorType)>,
+    ) -> Result<Vec<Tensor>, EngineError> {
+        let one = |(arg, ty): &(Arg, TensorType)| {
+            let held = match *arg {
+                Arg::Buffer(b) => self.cached[b as usize],
+                Arg::Param(p) => Some((p as usize, step)),
+                Arg::Const(_) => None,
+            };
+            let cache = held.and_then(|(p, by)| match &self.args[p] {
+                Input::Cache(cache) => Some((&**cache, by)),
+                Input::Tensor(_) => None,
+            });
+            let Some((cache, by)) = cache else { return self.copied(*arg, ty) };
+            let data = match cache.dense() {
+                Some(rows) => rows,
+                None => {
+                    let Kernel::CacheAppend(form) = &by.kernel else { return Err(wrong_kind()) };
+                    self.reader(by, cache, head_of(form, cache.shape()[2]))?.all()
+                }
+            };
+            Ok(Tensor::f32(cache.shape(), data))
+        };
+        args.map(one).collect()
+    }
+
+    /// An operand as a tensor of its own.
+    fn copied(&self, arg: Arg, ty: &TensorType) -> Result<Tensor, EngineError> {
         let x = self.operand(arg, ty)?;
         let data = match x.data {
             Slice::F32(v) => Data::F32(v.to_vec()),
             Slice::I32(v) => Data::I32(v.to_vec()),
             Slice::I8(v) => Data::I8(v.to_vec()),
             Slice::U8(v) => Data::U8(v.to_vec()),
-            Slice::Const(c) => return Ok(c.tensor().reshaped(shape)),
+            Slice::Const(c) => return Ok(c.tensor().reshaped(x.shape)),
         };
-        Ok(Tensor::new(shape, data))
+        Ok(Tensor::new(x.shape, data))
     }
 
     fn step(&mut self, step: &'a Step) -> Result<(), EngineError> {
@@ -301,7 +360,12 @@ impl<'a> State<'a, '_> {
     }
 
     /// The rows of a cache of codes for those who read them, as the step that appends to it says.
-    fn reader<'r>(&'r self, step: &Step, cache: &'r KvCache, head_dim: usize) -> Result<Reader<'r>, EngineError> {
+    fn reader<'r>(
+        &'r self,
+        step: &Step,
+        cache: &'r KvCache,
+        head_dim: usize,
+    ) -> Result<Reader<'r>, EngineError> {
         let Kernel::CacheAppend(form) = &step.kernel else { return Err(wrong_kind()) };
         let m = &*self.loaded.machine;
         let operand = |i: usize| self.operand(step.ins[i].0, &step.ins[i].1);
@@ -331,11 +395,7 @@ impl<'a> State<'a, '_> {
         let (batch, width) = (out.0[0], out.0[2]);
         let mut new = KvCache::new(batch, self.dims.seq, width, Some(form));
         self.append(step, &mut new)?;
-        let head = form.reads.iter().find_map(|r| match r {
-            CacheRead::Add { .. } => None,
-            CacheRead::Rope { attr, .. } | CacheRead::AddTurned { attr, .. } => Some(attr.head_dim as usize),
-        });
-        let rows = self.reader(step, &new, head.unwrap_or(width))?.all();
+        let rows = self.reader(step, &new, head_of(form, width))?.all();
         let (old, y) = (past.f32()?, prims::floats(out)?);
         let (old_len, new_len) = (self.dims.past * width, self.dims.seq * width);
         for (b, y) in y.chunks_exact_mut((old_len + new_len).max(1)).enumerate() {

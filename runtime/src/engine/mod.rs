@@ -25,7 +25,7 @@ use crate::cpu::{Isa, MatRef, Pool, Scratch};
 use consts::Constant;
 
 pub use cache::KvCache;
-pub use exec::Input;
+pub use exec::{Input, Watch};
 
 /// Fewer rows than this are not worth the packing for the matrix unit.
 const UNIT_ROWS: usize = 64;
@@ -149,6 +149,11 @@ impl CpuEngine {
         self.machine.isa.name()
     }
 
+    /// Name of the way in which products of codes are computed.
+    pub fn int_path(&self) -> &'static str {
+        self.machine.path.name()
+    }
+
     /// The pool and instruction set, for work that is no function of the IR, such as log-probabilities.
     pub fn with_machine<R>(&self, f: impl FnOnce(&Pool, Isa) -> R) -> R {
         f(&self.machine.pool, self.machine.isa)
@@ -265,7 +270,19 @@ impl Loaded {
     /// If an argument does not fit its parameter, or a cache is full.
     pub fn run_inputs(&self, args: &mut [Input<'_>]) -> Result<Vec<Tensor>, EngineError> {
         // Kernels that are called from a thread of the pool do not wake it again each time.
-        self.machine.pool.install(|| exec::run(self, args))
+        self.machine.pool.install(|| exec::run(self, args, None))
+    }
+
+    /// As [`Loaded::run_inputs`], with an eye on every step.
+    ///
+    /// # Errors
+    /// As [`Loaded::run_inputs`], and what `watch` says.
+    pub fn run_watched(
+        &self,
+        args: &mut [Input<'_>],
+        watch: &mut Watch<'_>,
+    ) -> Result<Vec<Tensor>, EngineError> {
+        self.machine.pool.install(|| exec::run(self, args, Some(watch)))
     }
 }
 

@@ -35,7 +35,9 @@ pub(super) fn run(
             }
             Ok(())
         }
-        Op::QCast(spec) => cast(m, *spec, &ins[0].widened()?, &sides(&ins[1..])?, run_of(*spec), &mut outs[0]),
+        Op::QCast(spec) => {
+            cast(m, *spec, &ins[0].widened()?, &sides(&ins[1..])?, run_of(*spec), &mut outs[0])
+        }
         Op::DCast => {
             let Elem::Quant(spec) = types[0].1.elem else { return Err(wrong_kind()) };
             let (run, q) = (run_of(spec), sides(&ins[1..])?);

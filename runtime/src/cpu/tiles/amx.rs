@@ -29,13 +29,7 @@ struct Block([[[i32; LANES]; 16]; 3]);
 ///
 /// # Panics
 /// If a length does not fit.
-pub(super) fn product(
-    pool: &Pool,
-    x: &Digits,
-    w: &Tiles,
-    out: &mut [f32],
-    scratch: &Scratch,
-) {
+pub(super) fn product(pool: &Pool, x: &Digits, w: &Tiles, out: &mut [f32], scratch: &Scratch) {
     let isa = Isa::detect();
     let pieces = w.group.div_ceil(PIECE);
     let n = w.n;
@@ -50,7 +44,9 @@ pub(super) fn product(
         for (right, block) in right.chunks_exact_mut(each).zip(blocks.clone()) {
             isa.run(Unpack { w, block, out: right });
         }
-        let right = |block: usize, at: usize, count: usize| &right[(block - from) * each + at * TILE..][..count * TILE];
+        let right = |block: usize, at: usize, count: usize| {
+            &right[(block - from) * each + at * TILE..][..count * TILE]
+        };
         let _registers = Registers::configure();
         let mut acc = [Block([[[0; LANES]; 16]; 3]); ACROSS];
         let rows = if x.count == 1 { ROWS } else { ROWS / 2 };
@@ -158,7 +154,15 @@ impl Kernel for Fold<'_> {
 }
 
 /// Sums of the rows from `first` on, from the digits at `at` on, with the codes of some pieces.
-fn multiply_rows(x: &Digits, first: usize, at: usize, right: &[i8], pieces: usize, add: bool, out: &mut Block) {
+fn multiply_rows(
+    x: &Digits,
+    first: usize,
+    at: usize,
+    right: &[i8],
+    pieces: usize,
+    add: bool,
+    out: &mut Block,
+) {
     let row = x.count * x.stride;
     let planes = &x.planes()[first * row + at..];
     // Past the last row that is asked for, tiles read the rows that fill up; past the last digit, the end of the row.

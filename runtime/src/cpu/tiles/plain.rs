@@ -5,7 +5,6 @@ use super::layout::{Tiles, unpack};
 use super::{LANES, LINE, PIECE, ROWS, Sums};
 use crate::cpu::simd::{Kernel, Lanes};
 
-
 /// Adds the float sums of block `block` of the weight with the rows `first..first + y.len()` to `y`.
 pub(super) struct Plain<'a> {
     pub(super) x: &'a Digits,

@@ -19,7 +19,10 @@ impl Weight {
     fn new((n, k): (usize, usize), bits: u8, group: usize, kind: usize) -> Self {
         let top = (1u32 << bits) as f32;
         let any = |len, seed| -> Vec<u8> {
-            noise(len, seed).iter().map(|x| (((x + 1.0) / 2.0 * top) as u32).min((1 << bits) - 1) as u8).collect()
+            noise(len, seed)
+                .iter()
+                .map(|x| (((x + 1.0) / 2.0 * top) as u32).min((1 << bits) - 1) as u8)
+                .collect()
         };
         let codes = any(n * k, 1);
         let mut stream = Vec::new();
@@ -46,7 +49,13 @@ impl Weight {
         let g = r * (self.k / self.group) + i / self.group;
         let zero = match &self.zeros {
             Some(z) => i64::from(z[g]),
-            None => if self.signed { 1 << (self.bits - 1) } else { 0 },
+            None => {
+                if self.signed {
+                    1 << (self.bits - 1)
+                } else {
+                    0
+                }
+            }
         };
         (f64::from(self.scales[g]), i64::from(self.codes[r * self.k + i]) - zero)
     }
@@ -70,13 +79,22 @@ impl Left {
         };
         let floats = noise(m * k, 4).iter().enumerate().map(|(i, x)| x * [1.0, 100.0, 1e-3][i % 3]).collect();
         let signed = noise(m * k, 8).iter().map(|x| (x * 127.9) as i8).collect();
-        vec![Left::Floats(floats), unsigned(3), unsigned(4), unsigned(7), unsigned(8), Left::Signed(signed, scales())]
+        vec![
+            Left::Floats(floats),
+            unsigned(3),
+            unsigned(4),
+            unsigned(7),
+            unsigned(8),
+            Left::Signed(signed, scales()),
+        ]
     }
 
     fn side(&self) -> Side<'_> {
         match self {
             Left::Floats(x) => Side::Floats(x),
-            Left::Unsigned(bits, codes, scales, zeros) => Side::Unsigned { codes, bits: *bits, scales, zeros },
+            Left::Unsigned(bits, codes, scales, zeros) => {
+                Side::Unsigned { codes, bits: *bits, scales, zeros }
+            }
             Left::Signed(codes, scales) => Side::Signed { codes, scales },
         }
     }
@@ -102,7 +120,16 @@ fn paths() -> Vec<IntPath> {
 
 #[test]
 fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
-    let shapes = [(1, 1, 1), (16, 64, 64), (5, 96, 32), (33, 192, 96), (40, 70, 70), (70, 600, 600), (17, 36, 6), (64, 256, 128)];
+    let shapes = [
+        (1, 1, 1),
+        (16, 64, 64),
+        (5, 96, 32),
+        (33, 192, 96),
+        (40, 70, 70),
+        (70, 600, 600),
+        (17, 36, 6),
+        (64, 256, 128),
+    ];
     for (n, k, group) in shapes {
         for b in 2..=8 {
             for kind in 0..3 {
@@ -117,7 +144,10 @@ fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
                                 digits.cut(pool, crate::cpu::Isa::detect(), left.side(), (m, k), group);
                                 let mut out = vec![f32::NAN; m * n];
                                 product(pool, path, &digits, &tiles, &mut out, &Scratch::new());
-                                let what = format!("[{m}, {k}] x {n}, {b} bits by {group}, kind {kind}, {}", path.name());
+                                let what = format!(
+                                    "[{m}, {k}] x {n}, {b} bits by {group}, kind {kind}, {}",
+                                    path.name()
+                                );
                                 match &first {
                                     None => first = Some(bits(&out)),
                                     Some(f) => assert_eq!(*f, bits(&out), "{what}"),
@@ -137,14 +167,26 @@ fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
                             // Floats are cut 2^-22 below the largest of their block.
                             let most = if matches!(left, Left::Floats(_)) {
                                 let max = (0..k).map(|i| left.at(r, i, k).abs()).fold(0.0, f64::max);
-                                (0..k).map(|i| weight.at(c, i)).map(|(s, q)| s * (q as f64).abs() * max).sum::<f64>()
+                                (0..k)
+                                    .map(|i| weight.at(c, i))
+                                    .map(|(s, q)| s * (q as f64).abs() * max)
+                                    .sum::<f64>()
                             } else {
-                                (0..k).map(|i| weight.at(c, i)).map(|(s, q)| s * (q as f64).abs() * 128.0).sum::<f64>()
-                                    * f64::from(match &left { Left::Unsigned(_, _, s, _) | Left::Signed(_, s) => s[r], Left::Floats(_) => 0.0 })
+                                (0..k)
+                                    .map(|i| weight.at(c, i))
+                                    .map(|(s, q)| s * (q as f64).abs() * 128.0)
+                                    .sum::<f64>()
+                                    * f64::from(match &left {
+                                        Left::Unsigned(_, _, s, _) | Left::Signed(_, s) => s[r],
+                                        Left::Floats(_) => 0.0,
+                                    })
                             };
                             let bound = 4.0 * f64::from(f32::EPSILON) * (size + most * 0.25);
                             let gap = (f64::from(*y) - want).abs();
-                            assert!(gap <= bound, "[{m}, {k}] x {n}, {b} bits by {group}, kind {kind}: {r}, {c} is {y}, not {want}: {gap:e} > {bound:e}");
+                            assert!(
+                                gap <= bound,
+                                "[{m}, {k}] x {n}, {b} bits by {group}, kind {kind}: {r}, {c} is {y}, not {want}: {gap:e} > {bound:e}"
+                            );
                         }
                     }
                 }

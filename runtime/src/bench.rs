@@ -1,0 +1,85 @@
+//! How fast a model runs.
+
+use std::time::Instant;
+
+use qrmc_ir::{EngineError, Tensor};
+
+use crate::engine::CpuEngine;
+use crate::session::Session;
+
+/// Positions that prefill runs at once.
+const CHUNK: usize = 512;
+/// Bytes that are read to measure what memory gives: far more than caches hold.
+const READ: usize = 512 << 20;
+
+/// Speed of one batch size.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Speed {
+    /// Sequences side by side.
+    pub batch: usize,
+    /// Tokens of prompts a second, all sequences together; `None` if there was no prompt.
+    pub prefill: Option<f64>,
+    /// New tokens a second, all sequences together; `None` if there were none.
+    pub decode: Option<f64>,
+    /// Bytes that a decode step reads: weights, and on average the caches.
+    pub step_bytes: u64,
+}
+
+/// Runs `prompt` tokens of `batch` sequences at once, then `new` tokens one after another behind empty caches, and times
+/// both. Tokens are arbitrary; no token ends a text.
+///
+/// # Errors
+/// What the engine says.
+pub fn speed(model: &Session, batch: usize, prompt: usize, new: usize) -> Result<Speed, EngineError> {
+    let vocab = model.facts().vocab as usize;
+    let ids = |at: usize, seq: usize| {
+        let id = |i: usize| ((at + i) * 7919 % vocab.max(1)) as i32;
+        Tensor::i32([batch, seq], (0..batch * seq).map(id).collect())
+    };
+    let rate =
+        |tokens: usize, start: Instant| (batch * tokens) as f64 / start.elapsed().as_secs_f64().max(1e-9);
+    let mut prefill = None;
+    if prompt > 0 {
+        let mut caches = model.caches(batch, prompt);
+        let start = Instant::now();
+        for from in (0..prompt).step_by(CHUNK) {
+            model.stream(&ids(from, CHUNK.min(prompt - from)), &mut caches)?;
+        }
+        prefill = Some(rate(prompt, start));
+    }
+    let (mut decode, mut step_bytes) = (None, 0);
+    if new > 0 {
+        let mut caches = model.caches(batch, new);
+        let start = Instant::now();
+        for at in 0..new {
+            model.logits(&model.stream(&ids(at, 1), &mut caches)?)?;
+        }
+        decode = Some(rate(new, start));
+        step_bytes = model.step_bytes() + caches.bytes() as u64 / 2;
+    }
+    Ok(Speed { batch, prefill, decode, step_bytes })
+}
+
+/// Bytes a second that all threads together read from memory: the best of a few passes.
+pub fn read_bandwidth(engine: &CpuEngine) -> f64 {
+    let data = vec![1u64; READ / 8];
+    let part = 1 << 17;
+    let pass = || {
+        let start = Instant::now();
+        let sums = engine.with_machine(|pool, _| {
+            pool.map(data.len().div_ceil(part), |i| {
+                let part = &data[i * part..data.len().min((i + 1) * part)];
+                let mut acc = [0u64; 32];
+                for x in part.as_chunks::<32>().0 {
+                    for (a, x) in acc.iter_mut().zip(x) {
+                        *a = a.wrapping_add(*x);
+                    }
+                }
+                acc.iter().fold(0u64, |s, a| s.wrapping_add(*a))
+            })
+        });
+        std::hint::black_box(sums);
+        READ as f64 / start.elapsed().as_secs_f64()
+    };
+    (0..4).map(|_| pass()).fold(0.0, f64::max)
+}

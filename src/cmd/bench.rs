@@ -1,0 +1,78 @@
+//! `qrmc bench`.
+
+use qrmc_runtime::bench::{Speed, read_bandwidth, speed};
+use qrmc_runtime::session::Session;
+use serde_json::json;
+
+use crate::cli::BenchArgs;
+use crate::fail::Failure;
+use crate::model;
+use crate::ui::Ui;
+
+pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<(), Failure> {
+    let engine = super::engine(&args.machine)?;
+    let model = model::open(&args.model, &engine)?;
+    let session = Session::load(&engine, &model.module, &*model.weights)?;
+    let context = model.module.facts.context as usize;
+    if args.prompt.max(args.new) > context {
+        let m = format!("{} tokens do not fit the model's context of {context}", args.prompt.max(args.new));
+        return Err(Failure::usage(m).hint("give smaller -p and -n"));
+    }
+    let bandwidth = read_bandwidth(&engine);
+    let mut rows = Vec::new();
+    for &batch in &args.batch {
+        // What is measured first would pay for memory that is touched for the first time.
+        speed(&session, batch, args.prompt.min(32), args.new.min(4))?;
+        let mut runs = Vec::new();
+        for _ in 0..args.repeats {
+            runs.push(speed(&session, batch, args.prompt, args.new)?);
+        }
+        let median = |of: fn(&Speed) -> Option<f64>| {
+            let mut all: Vec<f64> = runs.iter().filter_map(of).collect();
+            all.sort_by(f64::total_cmp);
+            all.get(all.len() / 2).copied()
+        };
+        let bytes = runs.first().map_or(0, |r| r.step_bytes);
+        rows.push((batch, median(|s| s.prefill), median(|s| s.decode), bytes));
+    }
+    let read =
+        |batch: usize, decode: Option<f64>, bytes: u64| decode.map(|d| d / batch as f64 * bytes as f64);
+    if ui.json() {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|&(batch, prefill, decode, bytes)| {
+                json!({
+                    "batch": batch, "prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode,
+                    "step_bytes": bytes, "read_bytes_per_second": read(batch, decode, bytes),
+                    "share_of_bandwidth": read(batch, decode, bytes).map(|r| r / bandwidth),
+                })
+            })
+            .collect();
+        ui.object(&json!({
+            "threads": engine.threads(), "isa": engine.isa(), "integer_products": engine.int_path(),
+            "read_bandwidth_bytes_per_second": bandwidth, "prompt": args.prompt, "new": args.new,
+            "repeats": args.repeats, "weights_bytes": session.bytes(), "rows": rows,
+        }));
+        return Ok(());
+    }
+    ui.out(&format!(
+        "{} threads, {}, products of codes: {}; memory reads {:.1} GB/s",
+        engine.threads(),
+        engine.isa(),
+        engine.int_path(),
+        bandwidth / 1e9
+    ));
+    ui.out("batch   prefill tokens/s   decode tokens/s   reads GB/s   of bandwidth");
+    for (batch, prefill, decode, bytes) in rows {
+        let show = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.1}"));
+        let read = read(batch, decode, bytes);
+        let share = read.map_or("-".into(), |r| format!("{:.0} %", 100.0 * r / bandwidth));
+        ui.out(&format!(
+            "{batch:>5} {:>18} {:>17} {:>12} {share:>14}",
+            show(prefill),
+            show(decode),
+            show(read.map(|r| r / 1e9))
+        ));
+    }
+    Ok(())
+}
