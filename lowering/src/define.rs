@@ -14,20 +14,21 @@ impl Step {
         let ins: Vec<ValueId> = self.ins.iter().map(|(_, ty)| b.param(None, ty.clone())).collect();
         let b = &mut b;
         let results = match &self.kernel {
-            Kernel::Linear => {
-                let y = product(b, ins[0], ins[1])?;
-                vec![biased(b, y, ins.get(2))?]
+            Kernel::Linear(parts) => {
+                let of_x = parts.first().map_or(1, |p| p.weight);
+                let x = if of_x == 1 { ins[0] } else { b.op1(Op::DCast, &ins[..of_x])? };
+                let mut out = Vec::new();
+                for p in parts {
+                    let y = product(b, x, ins[p.weight])?;
+                    out.push(biased(b, y, p.bias.map(|at| &ins[at]))?);
+                }
+                out
             }
             Kernel::Quantize(spec, rule) => {
                 let mut sides = b.op(Op::QParams(*spec, *rule), &ins)?;
                 let args: Vec<ValueId> = ins[..1].iter().chain(&sides).copied().collect();
                 sides.push(b.op1(Op::QCast(*spec), &args)?);
                 sides
-            }
-            Kernel::IntLinear { weight } => {
-                let x = b.op1(Op::DCast, &ins[..*weight])?;
-                let y = product(b, x, ins[*weight])?;
-                vec![biased(b, y, ins.get(weight + 1))?]
             }
             Kernel::CacheAppend(form) => vec![append(b, form, &ins)?],
             Kernel::Map { steps, .. } => {

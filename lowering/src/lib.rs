@@ -8,5 +8,7 @@ mod program;
 mod target;
 
 pub use lower::{lower, lower_func, weight_order};
-pub use program::{Arg, Buffer, CacheForm, CacheRead, Const, Kernel, Layout, Program, Size, Spread, Step};
+pub use program::{
+    Arg, Buffer, CacheForm, CacheRead, Const, Kernel, Layout, LinearPart, Program, Size, Spread, Step,
+};
 pub use target::{Cpu, Legality, TARGETS, Target};

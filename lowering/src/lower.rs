@@ -191,13 +191,12 @@ fn open_casts(module: &Module, func: &Func, target: &dyn Target) -> Result<Func,
 fn tiled(kernels: &[Fused]) -> HashSet<ValueId> {
     let (mut multiplied, mut other) = (HashSet::new(), HashSet::new());
     for k in kernels {
-        let weight = match k.kernel {
-            Kernel::Linear => Some(1),
-            Kernel::IntLinear { weight } => Some(weight),
-            _ => None,
+        let weight = |i: usize| match &k.kernel {
+            Kernel::Linear(parts) => parts.iter().any(|p| p.weight == i),
+            _ => false,
         };
         for (i, &v) in k.ins.iter().enumerate() {
-            if Some(i) == weight { &mut multiplied } else { &mut other }.insert(v);
+            if weight(i) { &mut multiplied } else { &mut other }.insert(v);
         }
     }
     multiplied.retain(|v| !other.contains(v));

@@ -44,6 +44,15 @@ pub enum Layout {
     Tiles,
 }
 
+/// One of the products of a [`Kernel::Linear`], as numbers of operands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LinearPart {
+    /// `[n, k]`
+    pub weight: usize,
+    /// `[n]`
+    pub bias: Option<usize>,
+}
+
 /// How a cache keeps its rows.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CacheForm {
@@ -150,16 +159,11 @@ impl Spread {
 /// One kernel.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Kernel {
-    /// `x, w [, bias] -> x wᵀ [+ bias]` with a constant `w`, dense or packed.
-    Linear,
+    /// `x, w [, bias], .. -> x wᵀ [+ bias], ..` for one `x` and some constant `w`, dense or packed. A quantized `x` is
+    /// `codes, scale [, zero]`: then the product is one of codes, which is a whole number, and scales come after.
+    Linear(Vec<LinearPart>),
     /// `x [, hi, lo] -> scale [, zero], codes`: `qparams` and the `qcast` that goes with it.
     Quantize(QuantSpec, Rule),
-    /// `codes, scale [, zero], w [, bias] -> x wᵀ [+ bias]` with `x` quantized per token and a constant packed `w`: a product
-    /// of codes, which is a whole number, then scales.
-    IntLinear {
-        /// Which operand the weight is.
-        weight: usize,
-    },
     /// `cache, codes, scale [, zero], operands -> longer cache`: appends rows as codes. What a row is for those who read the
     /// cache, its reads say.
     CacheAppend(CacheForm),
@@ -190,9 +194,8 @@ pub enum Kernel {
 impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Kernel::Linear => f.write_str("linear"),
+            Kernel::Linear(_) => f.write_str("linear"),
             Kernel::Quantize(spec, rule) => write!(f, "quantize {{q = {spec}, rule = {rule}}}"),
-            Kernel::IntLinear { .. } => f.write_str("linear.int"),
             Kernel::CacheAppend(form) => write!(f, "cache_append {{{form}}}"),
             Kernel::Map { ins, steps } => {
                 let spread: Vec<&str> = ins.iter().map(|s| s.name()).collect();

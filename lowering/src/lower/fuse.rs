@@ -3,7 +3,7 @@
 use qrmc_ir::{Elem, Func, Grain, Node, Op, QuantSpec, Rule, Shape, TensorType, UnaryOp, ValueId};
 
 use super::cache::Cached;
-use crate::program::{CacheForm, Kernel, Spread, is_bias_add};
+use crate::program::{CacheForm, Kernel, LinearPart, Spread, is_bias_add};
 use crate::target::Target;
 
 /// Nodes between an elementwise operation and the end of its chain over which it does not matter what stays in memory.
@@ -21,6 +21,7 @@ pub(super) struct Fused {
 pub(super) fn kernels(func: &Func, constant: impl Fn(ValueId) -> bool, target: &dyn Target) -> Vec<Fused> {
     let places = Places::of(func, &constant, target);
     let mut out = Vec::new();
+    let mut linear = vec![false; func.nodes.len()];
     for (n, node) in func.nodes.iter().enumerate() {
         let nothing = matches!(node.op, Op::Weight(_) | Op::Reshape(_)) || constant(node.outs[0]);
         if nothing || places.elsewhere[n] {
@@ -42,13 +43,27 @@ pub(super) fn kernels(func: &Func, constant: impl Fn(ValueId) -> bool, target: &
             out.push(Fused { kernel: Kernel::CacheAppend(form), ins, outs: node.outs.clone() });
             continue;
         }
-        let bias = places.bias[n].map(|(_, bias)| bias);
-        let (kernel, ins) = if let Some(codes) = int_factor(func, node, &constant, target) {
-            let ins: Vec<ValueId> = codes.ins.iter().copied().chain([node.ins[1]]).chain(bias).collect();
-            (Kernel::IntLinear { weight: codes.ins.len() }, ins)
-        } else if is_linear(func, node, &constant) {
-            (Kernel::Linear, node.ins.iter().copied().chain(bias).collect())
-        } else if let Some(map) = places.map(func, n) {
+        if let Some(x) = linear_left(func, node, &constant, target) {
+            // What multiplies the same left side comes along: weights are there from the start.
+            let (mut ins, mut parts, mut outs) = (x.clone(), Vec::new(), Vec::new());
+            for (m, other) in func.nodes.iter().enumerate().skip(n) {
+                let same = || linear_left(func, other, &constant, target).as_ref() == Some(&x);
+                if linear[m] || constant(other.outs[0]) || places.elsewhere[m] || !same() {
+                    continue;
+                }
+                linear[m] = true;
+                let (add, bias) = places.bias[m].unzip();
+                parts.push(LinearPart { weight: ins.len(), bias: bias.map(|_| ins.len() + 1) });
+                ins.push(other.ins[1]);
+                ins.extend(bias);
+                outs.extend(add.map_or(&other.outs, |add| &func.nodes[add].outs));
+            }
+            if !parts.is_empty() {
+                out.push(Fused { kernel: Kernel::Linear(parts), ins, outs });
+            }
+            continue;
+        }
+        let (kernel, ins) = if let Some(map) = places.map(func, n) {
             map
         } else if let Some(factors) = swapped_factors(func, node) {
             (Kernel::OuterMiddle, factors.to_vec())
@@ -60,8 +75,7 @@ pub(super) fn kernels(func: &Func, constant: impl Fn(ValueId) -> bool, target: &
         } else {
             (Kernel::Op(node.op.clone()), node.ins.clone())
         };
-        let outs = places.bias[n].map_or(&node.outs, |(add, _)| &func.nodes[add].outs).clone();
-        out.push(Fused { kernel, ins, outs });
+        out.push(Fused { kernel, ins, outs: node.outs.clone() });
     }
     out
 }
@@ -200,6 +214,19 @@ fn is_linear(func: &Func, node: &Node, constant: &impl Fn(ValueId) -> bool) -> b
         && constant(node.ins[1])
         && func.ty(node.ins[1]).shape.rank() == 2
         && bf16_factors(func, node).is_none()
+}
+
+/// What the kernel of `x wᵀ` with a constant matrix reads of `x`.
+fn linear_left(
+    func: &Func,
+    node: &Node,
+    constant: &impl Fn(ValueId) -> bool,
+    target: &dyn Target,
+) -> Option<Vec<ValueId>> {
+    match int_factor(func, node, constant, target) {
+        Some(codes) => Some(codes.ins.clone()),
+        None => is_linear(func, node, constant).then(|| node.ins[..1].to_vec()),
+    }
 }
 
 /// What a cache that keeps codes is made of, and how it keeps them.

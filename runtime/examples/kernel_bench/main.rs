@@ -131,7 +131,6 @@ fn cached_rows(pool: &Pool, isa: Isa) {
             ));
         }
     }
-    pool.install(|| ());
     report(pool, "linear with one row, in the caches", cases);
 }
 

@@ -2,10 +2,13 @@
 #![allow(unsafe_code, reason = "threads write disjoint, strided parts of one output slice")]
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
 
-use rayon::prelude::*;
+mod crew;
+
+use crew::Crew;
 
 /// Why a pool could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -19,14 +22,14 @@ pub enum PoolError {
         /// How many were asked for.
         threads: usize,
         /// What the system said.
-        source: rayon::ThreadPoolBuildError,
+        source: std::io::Error,
     },
 }
 
-/// A fixed set of threads. With one thread nothing but the caller's thread runs.
+/// A fixed set of threads, of which the caller's is one. What is started from inside a task runs on its thread alone.
 #[derive(Debug)]
 pub struct Pool {
-    inner: Option<rayon::ThreadPool>,
+    crew: Option<Crew>,
     threads: usize,
 }
 
@@ -36,32 +39,22 @@ impl Pool {
     /// # Errors
     /// If `threads` is 0 or the system refuses them.
     pub fn new(threads: usize) -> Result<Self, PoolError> {
-        let inner = match threads {
+        let crew = match threads {
             0 => return Err(PoolError::NoThreads),
             1 => None,
-            _ => Some(
-                rayon::ThreadPoolBuilder::new()
-                    .num_threads(threads)
-                    .thread_name(|i| format!("qrmc-cpu-{i}"))
-                    .build()
-                    .map_err(|source| PoolError::Start { threads, source })?,
-            ),
+            _ => Some(Crew::start(threads - 1).map_err(|source| PoolError::Start { threads, source })?),
         };
-        Ok(Pool { inner, threads })
+        Ok(Pool { crew, threads })
+    }
+
+    /// A pool of the caller's thread.
+    pub fn alone() -> Self {
+        Pool { crew: None, threads: 1 }
     }
 
     /// Number of threads.
     pub fn threads(&self) -> usize {
         self.threads
-    }
-
-    /// Runs `f` on one of the pool's threads. A kernel called from inside starts its work without the
-    /// 5 to 50 microseconds that waking the pool from outside costs, so wrap a whole forward pass in this.
-    pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        match &self.inner {
-            Some(pool) => pool.install(f),
-            None => f(),
-        }
     }
 
     /// Calls `f(index, chunk)` for each run of `chunk_len` elements of `out` (the last may be shorter).
@@ -70,12 +63,13 @@ impl Pool {
     /// If `chunk_len` is 0.
     pub fn for_chunks<T: Send>(&self, out: &mut [T], chunk_len: usize, f: impl Fn(usize, &mut [T]) + Sync) {
         assert!(chunk_len > 0, "chunks of no element");
-        match &self.inner {
-            Some(pool) if out.len() > chunk_len => pool.install(|| {
-                out.par_chunks_mut(chunk_len).enumerate().with_max_len(1).for_each(|(i, c)| f(i, c));
-            }),
-            _ => out.chunks_mut(chunk_len).enumerate().for_each(|(i, c)| f(i, c)),
-        }
+        let len = out.len();
+        let out = SharedMut::new(out);
+        self.for_each(len.div_ceil(chunk_len), |i| {
+            let at = i * chunk_len;
+            // SAFETY: chunks do not overlap.
+            f(i, unsafe { out.part(at, chunk_len.min(len - at)) });
+        });
     }
 
     /// As [`Pool::for_chunks`], with the values of `f` in the order of the chunks.
@@ -89,33 +83,33 @@ impl Pool {
         f: impl Fn(usize, &mut [T]) -> R + Sync,
     ) -> Vec<R> {
         assert!(chunk_len > 0, "chunks of no element");
-        match &self.inner {
-            Some(pool) if out.len() > chunk_len => pool.install(|| {
-                let chunks = out.par_chunks_mut(chunk_len).enumerate().with_max_len(1);
-                chunks.map(|(i, c)| f(i, c)).collect()
-            }),
-            _ => out.chunks_mut(chunk_len).enumerate().map(|(i, c)| f(i, c)).collect(),
-        }
+        let len = out.len();
+        let out = SharedMut::new(out);
+        self.map(len.div_ceil(chunk_len), |i| {
+            let at = i * chunk_len;
+            // SAFETY: chunks do not overlap.
+            f(i, unsafe { out.part(at, chunk_len.min(len - at)) })
+        })
     }
 
     /// Calls `f` once for each index below `count`.
     pub fn for_each(&self, count: usize, f: impl Fn(usize) + Sync) {
-        match &self.inner {
-            Some(pool) if count > 1 => {
-                pool.install(|| (0..count).into_par_iter().with_max_len(1).for_each(&f));
-            }
-            _ => (0..count).for_each(f),
+        match &self.crew {
+            Some(crew) => crew.run(count, &f),
+            None => (0..count).for_each(f),
         }
     }
 
     /// The values of `f` for the indices below `count`, in index order.
     pub fn map<R: Send>(&self, count: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
-        match &self.inner {
-            Some(pool) if count > 1 => {
-                pool.install(|| (0..count).into_par_iter().with_max_len(1).map(&f).collect())
-            }
-            _ => (0..count).map(f).collect(),
-        }
+        let mut out: Vec<MaybeUninit<R>> = Vec::new();
+        out.resize_with(count, MaybeUninit::uninit);
+        self.for_chunks(&mut out, 1, |i, out| {
+            out[0].write(f(i));
+        });
+        // If a task panics, this is not reached, and values that exist are not dropped.
+        // SAFETY: each was written by its task.
+        out.into_iter().map(|r| unsafe { r.assume_init() }).collect()
     }
 }
 
@@ -233,7 +227,36 @@ mod tests {
             assert_eq!(pool.map(77, |i| i * i), (0..77).map(|i| i * i).collect::<Vec<_>>());
             pool.for_chunks(&mut [0u8; 0], 4, |_, _| panic!("no chunk in an empty slice"));
             pool.for_each(0, |_| panic!("no index below 0"));
-            assert_eq!(pool.install(|| 7), 7);
+        }
+    }
+
+    #[test]
+    fn tasks_may_start_more_and_several_callers_take_turns() {
+        let pool = Pool::new(3).unwrap();
+        let nested = pool.map(20, |i| pool.map(10, |j| i * j).iter().sum::<usize>());
+        assert_eq!(nested, (0..20).map(|i| 45 * i).collect::<Vec<_>>());
+        std::thread::scope(|s| {
+            for _ in 0..4 {
+                s.spawn(|| {
+                    for n in 0..200 {
+                        assert_eq!(pool.map(n, |i| i).len(), n);
+                    }
+                });
+            }
+        });
+        // Long enough for the threads to fall asleep.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert_eq!(pool.map(5, |i| i + 1), [1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
+        for threads in [1, 2, 3] {
+            let pool = Pool::new(threads).unwrap();
+            let run = || pool.for_each(50, |i| assert!(i != 17, "task {i}"));
+            let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_err();
+            assert!(panic.downcast_ref::<String>().is_some_and(|m| m.contains("task 17")));
+            assert_eq!(pool.map(9, |i| i).len(), 9);
         }
     }
 

@@ -13,6 +13,8 @@
 
 #![allow(unsafe_code, reason = "tasks write disjoint columns of one output")]
 
+use std::ops::Range;
+
 use super::pool::{Pool, Scratch, SharedMut};
 use path::Kind;
 use plain::Plain;
@@ -45,49 +47,120 @@ type Sums = [f32; LANES];
 /// Rows of the left side from which the matrix unit pays.
 #[cfg(target_arch = "x86_64")]
 const UNIT_ROWS: usize = 8;
+/// Blocks of sixteen rows of the weight that one task unpacks for the matrix unit: what is read of the left side serves all
+/// of them.
+const ACROSS: usize = 4;
 /// Bytes of codes that one task reads, about.
 const TASK: usize = 32 * 1024;
 
-/// `out[m, n] = x Wᵀ` for `x[m, k]` and a weight `W[n, k]`.
+/// One of the weights that a left side is multiplied with.
+#[derive(Debug)]
+pub struct Part<'a> {
+    /// `[n, k]`
+    pub w: &'a Tiles,
+    /// Added to each row of the product, `[n]`.
+    pub bias: Option<&'a [f32]>,
+    /// `[m, n]`
+    pub out: &'a mut [f32],
+}
+
+/// A part that tasks share.
+struct Shared<'a> {
+    w: &'a Tiles,
+    bias: Option<&'a [f32]>,
+    out: SharedMut<'a, f32>,
+}
+
+impl Shared<'_> {
+    /// Writes the rows from `first` on of a block.
+    ///
+    /// # Safety
+    /// The columns of a block are written by one task.
+    #[inline(always)]
+    unsafe fn put(&self, x: &Digits, block: usize, first: usize, y: &[Sums]) {
+        let (n, at) = (self.w.n, block * LANES);
+        let lanes = LANES.min(n - at);
+        for (r, y) in y.iter().enumerate() {
+            // SAFETY: promised by the caller.
+            let out = unsafe { self.out.part((first + r) * n + at, lanes) };
+            finish(x.finish(first + r), y, self.w.weighted(block), out);
+            if let Some(bias) = self.bias {
+                out.iter_mut().zip(&bias[at..]).for_each(|(y, b)| *y += b);
+            }
+        }
+    }
+}
+
+/// `out[m, n] = x Wᵀ`, and a bias, for `x[m, k]` and each of some weights `W[n, k]`.
 ///
 /// # Panics
 /// If `x` was cut for other groups, or a length does not fit.
-pub fn product(pool: &Pool, path: IntPath, x: &Digits, w: &Tiles, out: &mut [f32], scratch: &Scratch) {
-    let (m, n) = (x.rows, w.n);
-    assert_eq!((x.group, x.groups), (w.group, w.groups()), "groups of the two sides of a product");
-    assert_eq!(out.len(), m * n, "output of a product [{m}, {n}]");
-    if out.is_empty() {
+pub fn product(pool: &Pool, path: IntPath, x: &Digits, parts: &mut [Part<'_>], scratch: &Scratch) {
+    let m = x.rows;
+    for p in parts.iter() {
+        let n = p.w.n;
+        assert_eq!((x.group, x.groups), (p.w.group, p.w.groups()), "groups of the two sides of a product");
+        assert_eq!(p.out.len(), m * n, "output of a product [{m}, {n}]");
+        assert!(p.bias.is_none_or(|b| b.len() == n), "bias of a product [{m}, {n}]");
+    }
+    if m == 0 {
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    if let Kind::Amx(_) = path.0
-        && m >= UNIT_ROWS
-    {
-        return amx::product(pool, x, w, out, scratch);
-    }
-    let _ = scratch;
-    let out = SharedMut::new(out);
-    let at_once = TASK.div_ceil(w.block_bytes().max(1));
-    pool.for_each(w.blocks().div_ceil(at_once), |task| {
-        for block in task * at_once..w.blocks().min((task + 1) * at_once) {
-            let lanes = LANES.min(n - block * LANES);
-            for first in (0..m).step_by(ROWS) {
-                let mut y = [[0.0; LANES]; ROWS];
-                let y = &mut y[..ROWS.min(m - first)];
-                match path.0 {
-                    Kind::Plain(isa) => isa.run(Plain { x, w, block, first, y }),
-                    // SAFETY: the machine has what the path says; one with a matrix unit has VNNI as well.
-                    #[cfg(target_arch = "x86_64")]
-                    Kind::Vnni | Kind::Amx(_) => unsafe { vnni::sums(x, w, block, first, y) },
-                }
-                for (r, y) in y.iter().enumerate() {
-                    // SAFETY: the columns of a block are written by one task.
-                    let out = unsafe { out.part((first + r) * n + block * LANES, lanes) };
-                    finish(x.finish(first + r), y, w.weighted(block), out);
-                }
+    let unit = matches!(path.0, Kind::Amx(_)) && m >= UNIT_ROWS;
+    #[cfg(not(target_arch = "x86_64"))]
+    let unit = false;
+    let at_once = |w: &Tiles| if unit { ACROSS } else { TASK.div_ceil(w.block_bytes().max(1)) };
+    let tasks = |w: &Tiles| w.blocks().div_ceil(at_once(w));
+    let parts: Vec<Shared<'_>> =
+        parts.iter_mut().map(|p| Shared { w: p.w, bias: p.bias, out: SharedMut::new(&mut *p.out) }).collect();
+    pool.for_each(parts.iter().map(|p| tasks(p.w)).sum(), |mut task| {
+        for p in &parts {
+            let count = tasks(p.w);
+            if task < count {
+                let from = task * at_once(p.w);
+                let blocks = from..p.w.blocks().min(from + at_once(p.w));
+                // SAFETY: each block is in one task.
+                unsafe { run(path, unit, x, p, blocks, scratch) };
+                return;
             }
+            task -= count;
         }
     });
+}
+
+/// Computes some blocks of a part.
+///
+/// # Safety
+/// As [`Shared::put`].
+unsafe fn run(
+    path: IntPath,
+    unit: bool,
+    x: &Digits,
+    p: &Shared<'_>,
+    blocks: Range<usize>,
+    scratch: &Scratch,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if unit {
+        // SAFETY: promised by the caller.
+        return unsafe { amx::run(x, p, blocks, scratch) };
+    }
+    let _ = (unit, scratch);
+    for block in blocks {
+        for first in (0..x.rows).step_by(ROWS) {
+            let mut y = [[0.0; LANES]; ROWS];
+            let y = &mut y[..ROWS.min(x.rows - first)];
+            match path.0 {
+                Kind::Plain(isa) => isa.run(Plain { x, w: p.w, block, first, y }),
+                // SAFETY: the machine has what the path says; one with a matrix unit has VNNI as well.
+                #[cfg(target_arch = "x86_64")]
+                Kind::Vnni | Kind::Amx(_) => unsafe { vnni::sums(x, p.w, block, first, y) },
+            }
+            // SAFETY: promised by the caller.
+            unsafe { p.put(x, block, first, y) };
+        }
+    }
 }
 
 /// Rows of the left side that share the unpacked codes.

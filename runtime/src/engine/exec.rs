@@ -1,8 +1,6 @@
 //! Running a program: operands are found, kernels called, results taken out.
 
-use qrmc_ir::{
-    AttnAttr, Data, Diag, Dim, DimEnv, Elem, EngineError, Grain, Op, Place, Sym, Tensor, TensorType,
-};
+use qrmc_ir::{AttnAttr, Data, Diag, Dim, DimEnv, EngineError, Grain, Op, Place, Sym, Tensor, TensorType};
 use qrmc_lowering::{Arg, CacheForm, CacheRead, Kernel, Step};
 
 use super::cache::{KvCache, NewRows, Read, Reader};
@@ -384,8 +382,7 @@ impl<'a> State<'a, '_> {
                 }
             });
         }
-        let alone = Pool::new(1).map_err(|e| EngineError::System(e.to_string()))?;
-        Ok(Reader { cache, isa: m.isa, channels, reads, head_dim, alone, scratch: &m.scratch })
+        Ok(Reader { cache, isa: m.isa, channels, reads, head_dim, alone: Pool::alone(), scratch: &m.scratch })
     }
 
     /// Appends rows of codes to a tensor: as floats.
@@ -461,11 +458,7 @@ impl<'a> State<'a, '_> {
         }
         match &step.kernel {
             Kernel::Quantize(spec, rule) => quantize::quantize(m, (*spec, *rule), &ins, outs),
-            Kernel::IntLinear { weight } => {
-                let Elem::Quant(spec) = step.ins[0].1.elem else { return Err(wrong_kind()) };
-                let (sides, bias) = (&ins[1..*weight], ins.get(weight + 1));
-                products::int_linear(m, spec, (&ins[0], &ins[*weight]), sides, bias, &mut outs[0])
-            }
+            Kernel::Linear(parts) => products::linear(m, parts, step.ins[0].1.elem, &ins, outs),
             Kernel::Op(
                 op @ (Op::QParams(..)
                 | Op::QCast(_)

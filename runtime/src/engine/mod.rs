@@ -269,8 +269,7 @@ impl Loaded {
     /// # Errors
     /// If an argument does not fit its parameter, or a cache is full.
     pub fn run_inputs(&self, args: &mut [Input<'_>]) -> Result<Vec<Tensor>, EngineError> {
-        // Kernels that are called from a thread of the pool do not wake it again each time.
-        self.machine.pool.install(|| exec::run(self, args, None))
+        exec::run(self, args, None)
     }
 
     /// As [`Loaded::run_inputs`], with an eye on every step.
@@ -282,7 +281,7 @@ impl Loaded {
         args: &mut [Input<'_>],
         watch: &mut Watch<'_>,
     ) -> Result<Vec<Tensor>, EngineError> {
-        self.machine.pool.install(|| exec::run(self, args, Some(watch)))
+        exec::run(self, args, Some(watch))
     }
 }
 

@@ -32,13 +32,12 @@ pub(super) fn run(
     let (pool, isa) = (&m.pool, m.isa);
     let out_shape = out.0.clone();
     match kernel {
-        Kernel::Linear => products::linear(m, ins, out),
         Kernel::OuterMiddle => products::outer_middle(m, ins, out),
         Kernel::Bf16(op) => products::bf16(m, op, ins, out),
         Kernel::OnGrid { casts, split } => products::on_grid(m, casts, *split, ins, out),
         Kernel::Map { ins: spread, steps } => map(m, spread, steps, ins, out),
         // These have other operands and results; the caller runs them.
-        Kernel::Quantize(..) | Kernel::IntLinear { .. } | Kernel::CacheAppend(_) => Err(wrong_kind()),
+        Kernel::Quantize(..) | Kernel::Linear(_) | Kernel::CacheAppend(_) => Err(wrong_kind()),
         Kernel::Op(op) => match op {
             Op::Gather => gather(m, ins, out),
             Op::RmsNorm(eps) => {

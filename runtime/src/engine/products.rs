@@ -1,13 +1,14 @@
 //! Products of matrices, and the gradient of attention, which is made of them.
 
-use qrmc_ir::{AttnAttr, EngineError, Op, QuantSpec};
+use qrmc_ir::{AttnAttr, Elem, EngineError, Op};
+use qrmc_lowering::LinearPart;
 
 use super::consts::Constant;
 use super::exec::{In, Slice, wrong_kind};
 use super::prims::{Out, broadcast_index, floats};
 use super::quantize::row_scales;
 use super::{Factors, Machine, Stored, UNIT_ROWS};
-use crate::cpu::tiles::{self, Side, Tiles};
+use crate::cpu::tiles::{self, Part, Side, Tiles};
 use crate::cpu::{self, AttnShape, MatRef};
 
 /// Up to this many rows and columns, a product over many terms is done in registers.
@@ -80,69 +81,78 @@ pub(super) fn on_grid(
     matmul(m, true, factors, out)
 }
 
-/// `x wᵀ` of a quantized activation and a packed weight, and a bias.
-pub(super) fn int_linear(
+/// `x wᵀ`, and a bias, for one `x` and each of some weights. `elem` is the type of the first operand.
+pub(super) fn linear(
     m: &Machine,
-    spec: QuantSpec,
-    (codes, weight): (&In<'_>, &In<'_>),
+    parts: &[LinearPart],
+    elem: Elem,
     ins: &[In<'_>],
-    bias: Option<&In<'_>>,
-    out: &mut Out,
+    outs: &mut [Out],
 ) -> Result<(), EngineError> {
-    let scales = ins[0].f32()?;
-    let side = match codes.data()? {
-        Slice::U8(codes) => Side::Unsigned { codes, bits: spec.bits, scales, zeros: ins[1].u8()? },
-        Slice::I8(codes) => Side::Signed { codes, scales },
-        _ => return Err(wrong_kind()),
-    };
-    let Slice::Const(Constant::Tiles(w)) = weight.data else { return Err(wrong_kind()) };
-    let y = floats(out)?;
-    tiled(m, side, w, y);
-    add_bias(m, bias, w.shape().0, y)
-}
-
-/// A product with packed codes.
-fn tiled(m: &Machine, x: Side<'_>, w: &Tiles, y: &mut [f32]) {
-    let (n, k) = w.shape();
-    let mut digits = m.digits.take();
-    digits.cut(&m.pool, m.isa, x, (y.len() / n.max(1), k), w.group());
-    tiles::product(&m.pool, m.path, &digits, w, y, &m.scratch);
-    m.digits.give(digits);
-}
-
-fn add_bias(m: &Machine, bias: Option<&In<'_>>, n: usize, y: &mut [f32]) -> Result<(), EngineError> {
-    let Some(bias) = bias else { return Ok(()) };
-    let bias = bias.widened()?;
-    m.pool.for_chunks(y, n.max(1) * 64, |_, rows| {
-        for row in rows.chunks_mut(n) {
-            row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
+    let side = match (elem, ins[0].data()?) {
+        (Elem::Quant(spec), Slice::U8(codes)) => {
+            Side::Unsigned { codes, bits: spec.bits, scales: ins[1].f32()?, zeros: ins[2].u8()? }
         }
-    });
+        (Elem::Quant(_), Slice::I8(codes)) => Side::Signed { codes, scales: ins[1].f32()? },
+        _ => Side::Floats(ins[0].f32()?),
+    };
+    let tiles = |p: &LinearPart| match ins[p.weight].data {
+        Slice::Const(Constant::Tiles(w)) => Some(w),
+        _ => None,
+    };
+    let mut done = vec![false; parts.len()];
+    while let Some(first) = done.iter().position(|d| !d) {
+        let Some(group) = tiles(&parts[first]).map(Tiles::group) else {
+            dense(m, &parts[first], ins, &mut outs[first])?;
+            done[first] = true;
+            continue;
+        };
+        // Weights with groups of one length share the cut of the left side.
+        let mut biases = Vec::new();
+        for p in parts {
+            biases.push(p.bias.map(|at| ins[at].widened()).transpose()?);
+        }
+        let mut together = Vec::new();
+        for (i, out) in outs.iter_mut().enumerate() {
+            if let Some(w) = tiles(&parts[i]).filter(|w| !done[i] && w.group() == group) {
+                together.push(Part { w, bias: biases[i].as_deref(), out: floats(out)? });
+                done[i] = true;
+            }
+        }
+        let (rows, k) = (together[0].out.len() / together[0].w.shape().0, together[0].w.shape().1);
+        let mut digits = m.digits.take();
+        digits.cut(&m.pool, m.isa, side, (rows, k), group);
+        tiles::product(&m.pool, m.path, &digits, &mut together, &m.scratch);
+        m.digits.give(digits);
+    }
     Ok(())
 }
 
-/// `x wᵀ`, and a bias.
-pub(super) fn linear(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
-    let (pool, isa) = (&m.pool, m.isa);
-    let (n, k) = (ins[1].shape[0], ins[1].shape[1]);
+/// `x wᵀ`, and a bias, for a weight that is no tiles.
+fn dense(m: &Machine, part: &LinearPart, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+    let (pool, isa, weight) = (&m.pool, m.isa, &ins[part.weight]);
+    let (n, k) = (weight.shape[0], weight.shape[1]);
     let x = ins[0].f32()?;
     let rows = x.len() / k.max(1);
-    let view = match ins[1].data {
+    let view = match weight.data {
         Slice::Const(c) => c.view(),
         Slice::F32(v) => Some(cpu::WeightView::F32(v)),
         _ => None,
     };
     let y = floats(out)?;
-    if let Slice::Const(Constant::Tiles(w)) = ins[1].data {
-        tiled(m, Side::Floats(x), w, y);
-        return add_bias(m, ins.get(2), n, y);
-    }
     let view = view.ok_or_else(wrong_kind)?;
     let split = matches!(&view, cpu::WeightView::F32(w) if m.unit_product(Factors::F32, Stored::Rows(x), Stored::Rows(w), (rows, k, n), y));
     if !split {
         cpu::linear(pool, isa, x, (rows, k), &view, n, y, &m.scratch);
     }
-    add_bias(m, ins.get(2), n, y)
+    let Some(bias) = part.bias else { return Ok(()) };
+    let bias = ins[bias].widened()?;
+    pool.for_chunks(y, n.max(1) * 64, |_, rows| {
+        for row in rows.chunks_mut(n) {
+            row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
+        }
+    });
+    Ok(())
 }
 
 /// A matrix product; leading dimensions broadcast.

@@ -2,17 +2,16 @@
 #![allow(unsafe_code, reason = "AMX has no stable intrinsics; its instructions are written out")]
 
 use std::arch::asm;
+use std::ops::Range;
 
 use super::digits::Digits;
 use super::layout::{Tiles, unpack};
 use super::plain::fold;
-use super::{LANES, LINE, PIECE, Sums, finish};
-use crate::cpu::pool::{Pool, Scratch, SharedMut};
+use super::{ACROSS, LANES, LINE, PIECE, Shared, Sums};
+use crate::cpu::pool::Scratch;
 use crate::cpu::simd::{Isa, Kernel, Lanes};
 use crate::cpu::split::Tiles as Registers;
 
-/// Blocks of sixteen rows of the weight that one task unpacks: what is read of the left side serves all of them.
-const ACROSS: usize = 4;
 /// Pieces of one pass over the blocks: what it reads of the left side stays in the first-level cache.
 const RUN: usize = 8;
 /// Codes of a piece of one block.
@@ -25,63 +24,52 @@ const ROWS: usize = 32;
 #[derive(Clone, Copy)]
 struct Block([[[i32; LANES]; 16]; 3]);
 
-/// `out[m, n] = x Wᵀ`; see [`super::product`].
+/// Computes some blocks of a part, at most [`ACROSS`].
 ///
-/// # Panics
-/// If a length does not fit.
-pub(super) fn product(pool: &Pool, x: &Digits, w: &Tiles, out: &mut [f32], scratch: &Scratch) {
-    let isa = Isa::detect();
+/// # Safety
+/// The machine has a matrix unit for bytes, and the process may use it; the columns of a block are written by one task.
+pub(super) unsafe fn run(x: &Digits, p: &Shared<'_>, blocks: Range<usize>, scratch: &Scratch) {
+    let (isa, w, from) = (Isa::detect(), p.w, blocks.start);
     let pieces = w.group.div_ceil(PIECE);
-    let n = w.n;
-    let to = SharedMut::new(out);
-    pool.for_each(w.blocks().div_ceil(ACROSS), |task| {
-        let from = task * ACROSS;
-        let blocks = from..w.blocks().min(from + ACROSS);
-        let each = w.groups() * pieces * TILE;
-        let mut room = scratch.take(ACROSS * each / 4 + 16);
-        let skip = room.as_ptr().align_offset(64).min(16);
-        let right: &mut [i8] = bytemuck::cast_slice_mut(&mut room[skip..]);
-        for (right, block) in right.chunks_exact_mut(each).zip(blocks.clone()) {
-            isa.run(Unpack { w, block, out: right });
-        }
-        let right = |block: usize, at: usize, count: usize| {
-            &right[(block - from) * each + at * TILE..][..count * TILE]
-        };
-        let _registers = Registers::configure();
-        let mut acc = [Block([[[0; LANES]; 16]; 3]); ACROSS];
-        let rows = if x.count == 1 { ROWS } else { ROWS / 2 };
-        for first in (0..x.rows).step_by(rows) {
-            let count = rows.min(x.rows - first);
-            let mut y = [[[0.0; LANES]; ROWS]; ACROSS];
-            for g in 0..w.groups() {
-                for b in 0..x.blocks_of_group() {
-                    let per_block = x.block.div_ceil(PIECE);
-                    let span = b * per_block..pieces.min((b + 1) * per_block);
-                    for i in span.clone().step_by(RUN) {
-                        let run = RUN.min(span.end - i);
-                        let at = g * x.padded_group() + i * PIECE;
-                        for block in blocks.clone() {
-                            let acc = &mut acc[block - from];
-                            let right = right(block, g * pieces + i, run);
-                            multiply_rows(x, first, at, right, run, i > span.start, acc);
-                        }
-                    }
+    let each = w.groups() * pieces * TILE;
+    let mut room = scratch.take(ACROSS * each / 4 + 16);
+    let skip = room.as_ptr().align_offset(64).min(16);
+    let right: &mut [i8] = bytemuck::cast_slice_mut(&mut room[skip..]);
+    for (right, block) in right.chunks_exact_mut(each).zip(blocks.clone()) {
+        isa.run(Unpack { w, block, out: right });
+    }
+    let right =
+        |block: usize, at: usize, count: usize| &right[(block - from) * each + at * TILE..][..count * TILE];
+    let _registers = Registers::configure();
+    let mut acc = [Block([[[0; LANES]; 16]; 3]); ACROSS];
+    let rows = if x.count == 1 { ROWS } else { ROWS / 2 };
+    for first in (0..x.rows).step_by(rows) {
+        let count = rows.min(x.rows - first);
+        let mut y = [[[0.0; LANES]; ROWS]; ACROSS];
+        for g in 0..w.groups() {
+            for b in 0..x.blocks_of_group() {
+                let per_block = x.block.div_ceil(PIECE);
+                let span = b * per_block..pieces.min((b + 1) * per_block);
+                for i in span.clone().step_by(RUN) {
+                    let run = RUN.min(span.end - i);
+                    let at = g * x.padded_group() + i * PIECE;
                     for block in blocks.clone() {
-                        let (acc, y) = (&acc[block - from], &mut y[block - from][..count]);
-                        isa.run(Fold { x, w, block, first, at: (g, b), acc, y });
+                        let acc = &mut acc[block - from];
+                        let right = right(block, g * pieces + i, run);
+                        multiply_rows(x, first, at, right, run, i > span.start, acc);
                     }
                 }
-            }
-            for block in blocks.clone() {
-                let lanes = LANES.min(n - block * LANES);
-                for (r, y) in y[block - from][..count].iter().enumerate() {
-                    // SAFETY: the columns of a block are written by one task.
-                    let out = unsafe { to.part((first + r) * n + block * LANES, lanes) };
-                    finish(x.finish(first + r), y, w.weighted(block), out);
+                for block in blocks.clone() {
+                    let (acc, y) = (&acc[block - from], &mut y[block - from][..count]);
+                    isa.run(Fold { x, w, block, first, at: (g, b), acc, y });
                 }
             }
         }
-    });
+        for block in blocks.clone() {
+            // SAFETY: promised by the caller.
+            unsafe { p.put(x, block, first, &y[block - from][..count]) };
+        }
+    }
 }
 
 /// The codes of a block as signed bytes less what their zero points are for widths below eight bits, and less 128 for eight.

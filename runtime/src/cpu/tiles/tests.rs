@@ -143,7 +143,8 @@ fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
                                 let mut digits = Digits::default();
                                 digits.cut(pool, crate::cpu::Isa::detect(), left.side(), (m, k), group);
                                 let mut out = vec![f32::NAN; m * n];
-                                product(pool, path, &digits, &tiles, &mut out, &Scratch::new());
+                                let mut parts = [Part { w: &tiles, bias: None, out: &mut out }];
+                                product(pool, path, &digits, &mut parts, &Scratch::new());
                                 let what = format!(
                                     "[{m}, {k}] x {n}, {b} bits by {group}, kind {kind}, {}",
                                     path.name()

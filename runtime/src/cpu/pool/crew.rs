@@ -1,0 +1,177 @@
+//! Threads that wait for work close to it: they look for a while before they sleep, so that a kernel of a few microseconds
+//! is worth sharing.
+#![allow(unsafe_code, reason = "a job is lent to other threads for as long as its caller waits for them")]
+
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// How often a thread without work looks for some before it sleeps; some tens of microseconds.
+const LOOKS: u32 = 2_000;
+
+thread_local! {
+    /// Whether this thread is in the middle of a task: then what it starts runs on it alone.
+    static AT_WORK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A fixed number of threads beside the caller's.
+#[derive(Debug)]
+pub(super) struct Crew {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Tasks of one call, lent out while the call waits.
+struct Job<'a> {
+    task: &'a (dyn Fn(usize) + Sync),
+    count: usize,
+    done: AtomicUsize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Number of the job in the upper half, tasks that nobody has taken in the lower half. A task is taken by counting
+    /// this down, so nobody takes one of a job that is over.
+    state: AtomicU64,
+    /// The job of that number.
+    job: AtomicPtr<()>,
+    /// Held by the thread whose job it is.
+    turn: Mutex<()>,
+    /// Threads that sleep, and whether all are to end.
+    sleep: Mutex<Sleep>,
+    wake: Condvar,
+    sleepers: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct Sleep {
+    over: bool,
+}
+
+const TASKS: u64 = u32::MAX as u64;
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Crew {
+    /// Starts `count` threads.
+    pub(super) fn start(count: usize) -> std::io::Result<Self> {
+        let mut crew = Crew { shared: Arc::default(), threads: Vec::new() };
+        for i in 0..count {
+            let shared = crew.shared.clone();
+            let name = format!("qrmc-cpu-{}", i + 1);
+            crew.threads.push(std::thread::Builder::new().name(name).spawn(move || shared.serve())?);
+        }
+        Ok(crew)
+    }
+
+    /// Calls `task` once for each index below `count`, on all threads, and comes back when all calls have. From inside a
+    /// task, or while another thread's job runs, all calls are made here.
+    pub(super) fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
+        let busy = AT_WORK.get();
+        let turn =
+            if busy || count < 2 || count as u64 > TASKS { None } else { self.shared.turn.try_lock().ok() };
+        let Some(_turn) = turn else {
+            (0..count).for_each(task);
+            return;
+        };
+        let job = Job { task, count, done: AtomicUsize::new(0), panic: Mutex::new(None) };
+        self.shared.offer(&job);
+        while self.shared.work() {}
+        // The others may be in the middle of a task each.
+        while job.done.load(Ordering::Acquire) < count {
+            std::hint::spin_loop();
+        }
+        let panic = lock(&job.panic).take();
+        if let Some(panic) = panic {
+            drop(_turn);
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Crew {
+    fn drop(&mut self) {
+        lock(&self.shared.sleep).over = true;
+        // A job of no task, so that those who look see a change.
+        self.shared.state.fetch_add(TASKS + 1, Ordering::SeqCst);
+        self.shared.wake.notify_all();
+        for t in self.threads.drain(..) {
+            let _ = t.join();
+        }
+    }
+}
+
+impl Shared {
+    fn offer(&self, job: &Job<'_>) {
+        self.job.store(std::ptr::from_ref(job).cast_mut().cast(), Ordering::Relaxed);
+        let number = (self.state.load(Ordering::Relaxed) >> 32).wrapping_add(1);
+        // Whoever sees the new state sees the job.
+        self.state.store(number << 32 | job.count as u64, Ordering::SeqCst);
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            // Under the lock, a thread either sees the new state before it sleeps, or sleeps already.
+            drop(lock(&self.sleep));
+            self.wake.notify_all();
+        }
+    }
+
+    /// Takes a task and does it; `false` if there was none.
+    fn work(&self) -> bool {
+        let mut state = self.state.load(Ordering::Acquire);
+        loop {
+            if state & TASKS == 0 {
+                return false;
+            }
+            match self.state.compare_exchange_weak(state, state - 1, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => break,
+                Err(now) => state = now,
+            }
+        }
+        // SAFETY: a task of the job was taken and is not done, so its caller waits and the job lives; the pointer was stored
+        // before the state that was read.
+        let job = unsafe { &*self.job.load(Ordering::Relaxed).cast::<Job<'_>>() };
+        let index = job.count - (state & TASKS) as usize;
+        let before = AT_WORK.replace(true);
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.task)(index))) {
+            lock(&job.panic).get_or_insert(panic);
+        }
+        AT_WORK.set(before);
+        job.done.fetch_add(1, Ordering::Release);
+        true
+    }
+
+    /// What a thread does all its life.
+    fn serve(&self) {
+        let mut looks = 0;
+        let mut seen = 0;
+        loop {
+            while self.work() {
+                looks = 0;
+            }
+            let state = self.state.load(Ordering::Acquire);
+            if state != seen {
+                (seen, looks) = (state, 0);
+            }
+            looks += 1;
+            if looks < LOOKS {
+                std::hint::spin_loop();
+                continue;
+            }
+            let mut sleep = lock(&self.sleep);
+            self.sleepers.fetch_add(1, Ordering::SeqCst);
+            while !sleep.over && self.state.load(Ordering::SeqCst) & TASKS == 0 {
+                sleep = self.wake.wait(sleep).unwrap_or_else(PoisonError::into_inner);
+            }
+            self.sleepers.fetch_sub(1, Ordering::SeqCst);
+            if sleep.over {
+                return;
+            }
+            looks = 0;
+        }
+    }
+}
