@@ -21,6 +21,8 @@ use plain::Plain;
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod digits;
 mod layout;
 mod path;
@@ -153,6 +155,9 @@ unsafe fn run(
             let y = &mut y[..ROWS.min(x.rows - first)];
             match path.0 {
                 Kind::Plain(isa) => isa.run(Plain { x, w: p.w, block, first, y }),
+                // SAFETY: the machine has what the path says.
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx2 => unsafe { avx2::sums(x, p.w, block, first, y) },
                 // SAFETY: the machine has what the path says; one with a matrix unit has VNNI as well.
                 #[cfg(target_arch = "x86_64")]
                 Kind::Vnni | Kind::Amx(_) => unsafe { vnni::sums(x, p.w, block, first, y) },

@@ -11,6 +11,9 @@ pub struct IntPath(pub(super) Kind);
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Kind {
     Plain(Isa),
+    /// Byte products of AVX2.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
     /// Byte products of AVX-512 (VNNI).
     #[cfg(target_arch = "x86_64")]
     Vnni,
@@ -26,7 +29,10 @@ impl IntPath {
         let isas = Isa::available();
         let wide = isas.last().is_some_and(|isa| isa.level() == Level::Avx512);
         let vnni = wide && is_x86_feature_detected!("avx512vnni");
-        let mut all: Vec<IntPath> = isas.into_iter().map(|isa| IntPath(Kind::Plain(isa))).collect();
+        let mut all = vec![IntPath(Kind::Plain(Isa::PORTABLE))];
+        if isas.len() > 1 {
+            all.push(IntPath(Kind::Avx2));
+        }
         if vnni {
             all.push(IntPath(Kind::Vnni));
             all.extend(unit.filter(|u| u.multiplies_bytes()).map(|u| IntPath(Kind::Amx(u))));
@@ -56,6 +62,8 @@ impl IntPath {
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Plain(isa) => isa.name(),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
