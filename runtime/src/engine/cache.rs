@@ -10,6 +10,9 @@ use super::turns::Turns;
 use crate::cpu::attention::HeadRows;
 use crate::cpu::{self, Isa, Pool, Scratch, WeightView};
 
+#[cfg(test)]
+mod tests;
+
 /// Keys or values of all positions so far, with room for more: `[batch, capacity, width]`.
 #[derive(Debug)]
 pub struct KvCache {
