@@ -18,6 +18,35 @@ pub enum Data {
     U8(Vec<u8>),
 }
 
+impl Data {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Data::F32(v) => v.len(),
+            Data::F64(v) => v.len(),
+            Data::I32(v) => v.len(),
+            Data::I8(v) => v.len(),
+            Data::U8(v) => v.len(),
+        }
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Element type.
+    pub fn elem(&self) -> Elem {
+        match self {
+            Data::F32(_) => Elem::F32,
+            Data::F64(_) => Elem::F64,
+            Data::I32(_) => Elem::I32,
+            Data::I8(_) => Elem::I8,
+            Data::U8(_) => Elem::U8,
+        }
+    }
+}
+
 /// A dense row-major tensor.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Tensor {
@@ -32,13 +61,7 @@ impl Tensor {
     /// If the number of elements differs from the product of `shape`: a bug of the caller.
     pub fn new(shape: impl Into<Vec<usize>>, data: Data) -> Self {
         let shape = shape.into();
-        let n = match &data {
-            Data::F32(v) => v.len(),
-            Data::F64(v) => v.len(),
-            Data::I32(v) => v.len(),
-            Data::I8(v) => v.len(),
-            Data::U8(v) => v.len(),
-        };
+        let n = data.len();
         assert_eq!(shape.iter().product::<usize>(), n, "shape {shape:?} does not hold {n} elements");
         Tensor { shape, data }
     }
@@ -111,13 +134,7 @@ impl Tensor {
 
     /// The element type that this host representation stands for.
     pub fn elem(&self) -> Elem {
-        match &self.data {
-            Data::F32(_) => Elem::F32,
-            Data::F64(_) => Elem::F64,
-            Data::I32(_) => Elem::I32,
-            Data::I8(_) => Elem::I8,
-            Data::U8(_) => Elem::U8,
-        }
+        self.data.elem()
     }
 
     /// Element type and shape.

@@ -251,8 +251,10 @@ impl Lowering<'_> {
             let ins: Vec<(Arg, TensorType)> =
                 ins.iter().map(|&v| (self.arg(v), func.ty(v).clone())).collect();
             let mut out_slots = Vec::new();
+            // A longer cache needs no memory where the cache itself grows, so no other value counts on its buffer.
+            let own = matches!(kernel, Kernel::CacheAppend(_) | Kernel::Op(Op::CacheAppend));
             for &o in &outs {
-                let slot = self.buffer(o, &mut busy);
+                let slot = self.buffer(o, own, &mut busy);
                 self.args.insert(o, Arg::Buffer(slot));
                 out_slots.push((slot, func.ty(o).clone()));
             }
@@ -302,16 +304,18 @@ impl Lowering<'_> {
         self.weights.iter().position(|(o, _)| *o == w).unwrap_or(0) as u32
     }
 
-    fn buffer(&mut self, v: ValueId, busy: &mut Vec<Option<usize>>) -> u32 {
+    fn buffer(&mut self, v: ValueId, own: bool, busy: &mut Vec<Option<usize>>) -> u32 {
         let size = Size::of(&self.func.ty(v).shape);
         let elem = host_elem(self.func.ty(v).elem);
-        let until = self.plan.last_use[self.plan.alias[v.0 as usize].0 as usize];
+        let until =
+            if own { usize::MAX } else { self.plan.last_use[self.plan.alias[v.0 as usize].0 as usize] };
         let free = |want_same: bool| {
             self.program.buffers.iter().enumerate().position(|(i, b)| {
                 busy[i].is_none() && b.elem == elem && (!want_same || b.sizes.contains(&size))
             })
         };
-        let slot = free(true).or_else(|| free(false)).unwrap_or_else(|| {
+        let found = if own { None } else { free(true).or_else(|| free(false)) };
+        let slot = found.unwrap_or_else(|| {
             self.program.buffers.push(Buffer { elem, sizes: Vec::new() });
             busy.push(None);
             self.program.buffers.len() - 1

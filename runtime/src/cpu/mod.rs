@@ -28,7 +28,7 @@ mod small_avx512;
 #[cfg(target_arch = "x86_64")]
 pub mod split;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx512;
 pub mod tiles;

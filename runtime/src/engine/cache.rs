@@ -259,13 +259,14 @@ fn copy_rows<T: Copy>(
     }
 }
 
-/// Moves the sequences that are kept to the front.
-fn move_rows<T: Copy>(x: &mut [T], batch: usize, capacity: usize, len: usize, kept: &[usize]) {
+/// Moves the sequences that are kept to the front; the others are gone.
+fn move_rows<T: Copy>(x: &mut Vec<T>, batch: usize, capacity: usize, len: usize, kept: &[usize]) {
     let each = x.len().checked_div(batch).unwrap_or(0);
     let held = each.checked_div(capacity).unwrap_or(0) * len;
     for (to, &b) in kept.iter().enumerate() {
         x.copy_within(b * each..b * each + held, to * each);
     }
+    x.truncate(kept.len() * each);
 }
 
 /// Puts `seq` new rows behind the `len` of each sequence.

@@ -1,13 +1,18 @@
 //! Running a program: operands are found, kernels called, results taken out.
 
-use qrmc_ir::{AttnAttr, Data, Diag, Dim, DimEnv, EngineError, Grain, Op, Place, Sym, Tensor, TensorType};
-use qrmc_lowering::{Arg, CacheForm, CacheRead, Kernel, Step};
+use qrmc_ir::{Data, Diag, Dim, DimEnv, EngineError, Op, Place, Sym, Tensor, TensorType};
+use qrmc_lowering::{Arg, Kernel, Step};
+use smallvec::SmallVec;
 
-use super::cache::{KvCache, NewRows, Read, Reader};
+use super::cache::KvCache;
 use super::consts::Constant;
+use super::kv::head_of;
 use super::memory::{empty, grown};
+use super::prims::Out;
 use super::{Loaded, prims, products, quantize};
-use crate::cpu::{self, AttnShape, KvRows, Pool, Rows};
+
+/// Sizes of an operand.
+pub(super) type Sizes = SmallVec<[usize; 6]>;
 
 /// An argument.
 pub enum Input<'a> {
@@ -29,7 +34,7 @@ pub(super) enum Slice<'a> {
 
 /// An operand of a kernel.
 pub(super) struct In<'a> {
-    pub(super) shape: Vec<usize>,
+    pub(super) shape: Sizes,
     pub(super) data: Slice<'a>,
 }
 
@@ -145,7 +150,8 @@ pub(super) fn run(
     let mut lens: Vec<usize> = program.buffers.iter().map(|b| b.len(&dims)).collect();
     loaded.machine.spare.keep(&lens);
     for step in &program.steps {
-        for (b, _) in &step.outs {
+        let grows = state.grows_argument(step);
+        for (b, _) in step.outs.iter().filter(|_| !grows) {
             let (b, len) = (*b as usize, &mut lens[*b as usize]);
             // Buffers come to life at their first use.
             if *len > 0 {
@@ -171,42 +177,22 @@ pub(super) fn run(
     results
 }
 
-/// Channels of a row that are read together.
-fn head_of(form: &CacheForm, width: usize) -> usize {
-    let head = form.reads.iter().find_map(|r| match r {
-        CacheRead::Add { .. } => None,
-        CacheRead::Rope { attr, .. } | CacheRead::AddTurned { attr, .. } => Some(attr.head_dim as usize),
-    });
-    head.unwrap_or(width)
-}
-
-/// Keys or values: in memory, or read from a cache of codes.
-enum Held<'a> {
-    Floats(Rows<'a>),
-    Codes(Reader<'a>),
-}
-
-impl Held<'_> {
-    fn view(&self) -> KvRows<'_> {
-        match self {
-            Held::Floats(rows) => KvRows::Floats(*rows),
-            Held::Codes(reader) => KvRows::Other(reader),
-        }
-    }
-}
-
-struct State<'a, 'i> {
-    loaded: &'a Loaded,
-    dims: DimEnv,
-    args: &'a mut [Input<'i>],
+pub(super) struct State<'a, 'i> {
+    pub(super) loaded: &'a Loaded,
+    pub(super) dims: DimEnv,
+    pub(super) args: &'a mut [Input<'i>],
     buffers: Vec<Data>,
     /// The cache parameter that a buffer stands for, and the step that appended to it.
-    cached: Vec<Option<(usize, &'a Step)>>,
+    pub(super) cached: Vec<Option<(usize, &'a Step)>>,
 }
 
 impl<'a> State<'a, '_> {
-    fn operand(&self, arg: Arg, ty: &TensorType) -> Result<In<'_>, EngineError> {
-        let shape = ty.shape.resolve(&self.dims);
+    fn sizes(&self, ty: &TensorType) -> Sizes {
+        ty.shape.0.iter().map(|&d| self.dims.size(d)).collect()
+    }
+
+    pub(super) fn operand(&self, arg: Arg, ty: &TensorType) -> Result<In<'_>, EngineError> {
+        let shape = self.sizes(ty);
         let len: usize = shape.iter().product();
         let data = match arg {
             Arg::Const(c) => Slice::Const(&self.loaded.consts[c as usize]),
@@ -277,9 +263,9 @@ impl<'a> State<'a, '_> {
             Slice::I32(v) => Data::I32(v.to_vec()),
             Slice::I8(v) => Data::I8(v.to_vec()),
             Slice::U8(v) => Data::U8(v.to_vec()),
-            Slice::Const(c) => return Ok(c.tensor().reshaped(x.shape)),
+            Slice::Const(c) => return Ok(c.tensor().reshaped(&x.shape[..])),
         };
-        Ok(Tensor::new(x.shape, data))
+        Ok(Tensor::new(&x.shape[..], data))
     }
 
     fn step(&mut self, step: &'a Step) -> Result<(), EngineError> {
@@ -289,11 +275,11 @@ impl<'a> State<'a, '_> {
         if self.append_in_place(step)? {
             return Ok(());
         }
-        let mut outs: Vec<(Vec<usize>, Data)> = Vec::new();
+        let mut outs: SmallVec<[Out; 4]> = SmallVec::new();
         for (b, ty) in &step.outs {
             let data = std::mem::replace(&mut self.buffers[*b as usize], Data::U8(Vec::new()));
             self.cached[*b as usize] = None;
-            outs.push((ty.shape.resolve(&self.dims), data));
+            outs.push((self.sizes(ty), data));
         }
         let done = self.kernel(step, &mut outs);
         for ((b, _), (_, data)) in step.outs.iter().zip(outs) {
@@ -316,140 +302,14 @@ impl<'a> State<'a, '_> {
         Ok(())
     }
 
-    /// Appends to a cache argument, if that is what the step does.
-    fn append_in_place(&mut self, step: &'a Step) -> Result<bool, EngineError> {
-        let (Kernel::Op(Op::CacheAppend) | Kernel::CacheAppend(_), Some((Arg::Param(p), _))) =
-            (&step.kernel, step.ins.first())
-        else {
-            return Ok(false);
-        };
-        let p = *p as usize;
-        // The cache is taken out while the operands are looked at.
-        let Input::Cache(cache) = &mut self.args[p] else { return Ok(false) };
-        let mut held = std::mem::replace(&mut **cache, KvCache::new(0, 0, 0, None));
-        let done = self.append(step, &mut held);
-        if let Input::Cache(cache) = &mut self.args[p] {
-            **cache = held;
-        }
-        done?;
-        self.cached[step.outs[0].0 as usize] = Some((p, step));
-        Ok(true)
-    }
-
-    /// Appends the new rows of a step to a cache.
-    fn append(&self, step: &Step, cache: &mut KvCache) -> Result<(), EngineError> {
-        let (arg, ty) = &step.ins[1];
-        let new = self.operand(*arg, ty)?;
-        let Kernel::CacheAppend(form) = &step.kernel else {
-            return cache.append(&NewRows::Floats(new.f32()?), &[], self.dims.seq);
-        };
-        let pos = form.positions().map(|at| self.operand(step.ins[at].0, &step.ins[at].1)).transpose()?;
-        let pos = pos.as_ref().map(In::i32).transpose()?.unwrap_or(&[]);
-        let side = |i: usize| self.operand(step.ins[i].0, &step.ins[i].1);
-        let scales = side(2)?;
-        let scales = scales.widened()?;
-        let zeros = if form.spec.zero { Some(side(3)?) } else { None };
-        let rows = match (new.data()?, &zeros) {
-            (Slice::U8(codes), Some(zeros)) => NewRows::Unsigned(codes, &scales, zeros.u8()?),
-            (Slice::I8(codes), None) => NewRows::Signed(codes, &scales),
-            _ => return Err(wrong_kind()),
-        };
-        cache.append(&rows, pos, self.dims.seq)
-    }
-
-    /// The rows of a cache of codes for those who read them, as the step that appends to it says.
-    fn reader<'r>(
-        &'r self,
-        step: &Step,
-        cache: &'r KvCache,
-        head_dim: usize,
-    ) -> Result<Reader<'r>, EngineError> {
-        let Kernel::CacheAppend(form) = &step.kernel else { return Err(wrong_kind()) };
-        let m = &*self.loaded.machine;
-        let operand = |i: usize| self.operand(step.ins[i].0, &step.ins[i].1);
-        let channels = match form.spec.grain {
-            Grain::Channel => Some((operand(2)?.widened()?, operand(3)?.u8()?)),
-            _ => None,
-        };
-        let turns = |attr| m.turns.of(attr, cache.positions());
-        let mut reads = Vec::new();
-        for r in &form.reads {
-            reads.push(match r {
-                CacheRead::Add { operand: v } => Read::Add(operand(*v)?.widened()?),
-                CacheRead::Rope { attr, .. } => Read::Rope(turns(attr)?),
-                CacheRead::AddTurned { operand: v, attr, block, .. } => {
-                    Read::AddTurned(operand(*v)?.widened()?, turns(attr)?, block.map(|n| n as usize))
-                }
-            });
-        }
-        Ok(Reader { cache, isa: m.isa, channels, reads, head_dim, alone: Pool::alone(), scratch: &m.scratch })
-    }
-
-    /// Appends rows of codes to a tensor: as floats.
-    fn append_floats(&self, step: &Step, out: &mut prims::Out) -> Result<(), EngineError> {
-        let past = self.operand(step.ins[0].0, &step.ins[0].1)?;
-        let Kernel::CacheAppend(form) = &step.kernel else { return Err(wrong_kind()) };
-        let (batch, width) = (out.0[0], out.0[2]);
-        let mut new = KvCache::new(batch, self.dims.seq, width, Some(form));
-        self.append(step, &mut new)?;
-        let rows = self.reader(step, &new, head_of(form, width))?.all();
-        let (old, y) = (past.f32()?, prims::floats(out)?);
-        let (old_len, new_len) = (self.dims.past * width, self.dims.seq * width);
-        for (b, y) in y.chunks_exact_mut((old_len + new_len).max(1)).enumerate() {
-            let (first, last) = y.split_at_mut(old_len);
-            first.copy_from_slice(&old[b * old_len..][..old_len]);
-            last.copy_from_slice(&rows[b * new_len..][..new_len]);
-        }
-        Ok(())
-    }
-
-    /// Runs an attention on keys and values that are tensors or caches.
-    fn attention(&self, a: &AttnAttr, step: &Step, out: &mut prims::Out) -> Result<(), EngineError> {
-        let m = &*self.loaded.machine;
-        let shape = AttnShape {
-            batch: self.dims.batch,
-            seq: self.dims.seq,
-            past: self.dims.past,
-            heads: a.heads as usize,
-            kv_heads: a.kv_heads as usize,
-            head_dim: out.0[2] / a.heads as usize,
-        };
-        let q = self.operand(step.ins[0].0, &step.ins[0].1)?;
-        let (k, v) = (self.rows(&step.ins[1], shape.head_dim)?, self.rows(&step.ins[2], shape.head_dim)?);
-        let (k, v, out) = (k.view(), v.view(), prims::floats(out)?);
-        cpu::attention(&m.pool, m.isa, &shape, a.scale.0 as f32, q.f32()?, k, v, out, &m.scratch);
-        Ok(())
-    }
-
-    /// Keys or values of an attention.
-    fn rows(&self, (arg, ty): &(Arg, TensorType), head_dim: usize) -> Result<Held<'_>, EngineError> {
-        if let Arg::Buffer(b) = arg
-            && let Some((p, step)) = &self.cached[*b as usize]
-            && let Input::Cache(cache) = &self.args[*p]
-        {
-            return Ok(match cache.floats(head_dim) {
-                Some(rows) => Held::Floats(rows),
-                None => Held::Codes(self.reader(step, cache, head_dim)?),
-            });
-        }
-        let x = self.operand(*arg, ty)?;
-        let width = x.shape[2];
-        Ok(Held::Floats(Rows {
-            data: x.f32()?,
-            batch_stride: x.shape[1] * width,
-            row_stride: width,
-            head_stride: head_dim,
-        }))
-    }
-
-    fn kernel(&self, step: &Step, outs: &mut [(Vec<usize>, Data)]) -> Result<(), EngineError> {
+    fn kernel(&self, step: &Step, outs: &mut [Out]) -> Result<(), EngineError> {
         let m = &*self.loaded.machine;
         match &step.kernel {
             Kernel::Op(Op::Attention(a)) => return self.attention(a, step, &mut outs[0]),
             Kernel::CacheAppend(_) => return self.append_floats(step, &mut outs[0]),
             _ => {}
         }
-        let mut ins = Vec::new();
+        let mut ins: SmallVec<[In<'_>; 8]> = SmallVec::new();
         for (arg, ty) in &step.ins {
             ins.push(self.operand(*arg, ty)?);
         }

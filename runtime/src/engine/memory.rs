@@ -6,6 +6,12 @@ use qrmc_ir::{Data, Elem};
 
 use crate::cpu::tiles::Digits;
 
+/// A buffer of fewer bytes than this is kept whether or not the next run has a use for it: a model is several functions, each
+/// with its own sizes.
+const SMALL: usize = 1 << 20;
+/// Bytes of small buffers that are kept.
+const KEPT: usize = 16 << 20;
+
 /// Buffers between runs: a run takes those that fit and gives its own back, so that a function that runs again and
 /// again does not ask the system for memory each time. What is inside is never read before it is written.
 #[derive(Debug, Default)]
@@ -16,22 +22,28 @@ impl Spare {
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Frees what no buffer of the run to come can use.
+    /// Frees what no buffer of the run to come can use, but for small ones.
     pub(super) fn keep(&self, lens: &[usize]) {
-        self.lock().retain(|d| matches!(d, Data::F32(v) if lens.contains(&v.len())));
+        let mut small = 0;
+        self.lock().retain(|d| {
+            let bytes = d.len() * d.elem().bits() / 8;
+            if bytes < SMALL {
+                small += bytes;
+            }
+            lens.contains(&d.len()) || bytes < SMALL && small <= KEPT
+        });
     }
 
     pub(super) fn take(&self, elem: Elem, len: usize) -> Data {
         let mut free = self.lock();
-        let fits = |d: &Data| matches!((d, elem), (Data::F32(v), Elem::F32) if v.len() == len);
-        match free.iter().position(fits) {
+        match free.iter().position(|d| d.elem() == elem && d.len() == len) {
             Some(i) => free.swap_remove(i),
             None => empty(elem, len),
         }
     }
 
-    pub(super) fn give(&self, buffers: Vec<Data>) {
-        self.lock().extend(buffers.into_iter().filter(|d| matches!(d, Data::F32(v) if !v.is_empty())));
+    pub(super) fn give(&self, buffers: impl IntoIterator<Item = Data>) {
+        self.lock().extend(buffers.into_iter().filter(|d| !d.is_empty()));
     }
 }
 

@@ -3,6 +3,7 @@
 mod cache;
 mod consts;
 mod exec;
+mod kv;
 mod memory;
 mod prims;
 mod products;

@@ -3,7 +3,7 @@
 use qrmc_ir::{Data, DimEnv, EngineError, Op, ReduceOp, RopeAttr, UnaryOp};
 use qrmc_lowering::{Kernel, Spread};
 
-use super::exec::{In, Slice, wrong_kind};
+use super::exec::{In, Sizes, Slice, wrong_kind};
 use super::{Machine, products};
 use crate::cpu;
 
@@ -11,7 +11,7 @@ use crate::cpu;
 const CHUNK: usize = 32 * 1024;
 
 /// A result: its shape and room for its elements.
-pub(super) type Out = (Vec<usize>, Data);
+pub(super) type Out = (Sizes, Data);
 
 /// The elements of an `f32` result.
 pub(super) fn floats(out: &mut Out) -> Result<&mut [f32], EngineError> {

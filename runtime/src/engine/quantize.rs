@@ -6,7 +6,7 @@ use qrmc_lowering::Arg;
 
 use super::Machine;
 use super::exec::{In, Slice, wrong_kind};
-use super::prims::floats;
+use super::prims::{Out, floats};
 use crate::cpu::simd::{Kernel, Lanes};
 
 /// Elements that one task handles, about.
@@ -17,7 +17,7 @@ pub(super) fn run(
     op: &Op,
     types: &[(Arg, TensorType)],
     ins: &[In<'_>],
-    outs: &mut [(Vec<usize>, Data)],
+    outs: &mut [Out],
 ) -> Result<(), EngineError> {
     let cols = ins[0].shape.last().copied().unwrap_or(1);
     let rows = ins[0].shape.iter().product::<usize>() / cols.max(1);
@@ -97,7 +97,7 @@ pub(super) fn quantize(
     m: &Machine,
     (spec, rule): (QuantSpec, Rule),
     ins: &[In<'_>],
-    outs: &mut [(Vec<usize>, Data)],
+    outs: &mut [Out],
 ) -> Result<(), EngineError> {
     let Some((codes, sides)) = outs.split_last_mut() else { return Err(wrong_kind()) };
     let chosen = params(m, (spec, rule), ins)?;
@@ -108,7 +108,7 @@ pub(super) fn quantize(
 }
 
 /// Writes scales, and zero points if there is a place for them.
-fn put_params(chosen: &[QParam], outs: &mut [(Vec<usize>, Data)]) -> Result<(), EngineError> {
+fn put_params(chosen: &[QParam], outs: &mut [Out]) -> Result<(), EngineError> {
     let (scales, rest) = outs.split_at_mut(1);
     let scales = floats(&mut scales[0])?;
     scales.iter_mut().zip(chosen).for_each(|(s, q)| *s = q.scale);
@@ -125,7 +125,7 @@ fn cast(
     x: &[f32],
     q: &[QParam],
     run: usize,
-    out: &mut (Vec<usize>, Data),
+    out: &mut Out,
 ) -> Result<(), EngineError> {
     let per_task = (CHUNK / run).max(1) * run;
     let (pool, isa) = (&m.pool, m.isa);
@@ -308,7 +308,7 @@ fn fake_quant_grad(
     (spec, rule): (QuantSpec, Rule),
     run: usize,
     ins: &[In<'_>],
-    outs: &mut [(Vec<usize>, Data)],
+    outs: &mut [Out],
 ) -> Result<(), EngineError> {
     let (dy, given) = (ins[ins.len() - 1].widened()?, &ins[1..ins.len() - 1]);
     let cols = ins[0].shape.last().copied().unwrap_or(1);
@@ -327,12 +327,7 @@ fn fake_quant_grad(
     Ok(())
 }
 
-fn clip_range_grad(
-    m: &Machine,
-    run: usize,
-    ins: &[In<'_>],
-    outs: &mut [(Vec<usize>, Data)],
-) -> Result<(), EngineError> {
+fn clip_range_grad(m: &Machine, run: usize, ins: &[In<'_>], outs: &mut [Out]) -> Result<(), EngineError> {
     let (x, hi, lo, dy) = (ins[0].widened()?, ins[1].widened()?, ins[2].widened()?, ins[3].widened()?);
     let all = grads(m, How::Clip { run, hi: &hi, lo: &lo }, run, (&x, &dy), floats(&mut outs[0])?);
     floats(&mut outs[1])?.iter_mut().zip(&all).for_each(|(y, g)| *y = g.hi as f32);

@@ -8,7 +8,7 @@ use qrmc_ir::{EngineError, RopeAttr};
 use crate::cpu::{self, Isa, Pool};
 
 /// Positions beyond this are no positions of a text.
-const MOST: usize = 1 << 24;
+const MOST: u32 = 1 << 24;
 
 /// The angles of the positions from 0 on.
 #[derive(Debug)]
@@ -26,12 +26,11 @@ pub(super) struct AllTurns(Mutex<HashMap<RopeAttr, Arc<Turns>>>);
 impl AllTurns {
     /// Angles for all of `positions`.
     pub(super) fn of(&self, attr: &RopeAttr, positions: &[i32]) -> Result<Arc<Turns>, EngineError> {
-        let mut need = 0;
-        for &p in positions {
-            let p = usize::try_from(p).ok().filter(|&p| p < MOST);
-            let fault = || EngineError::System(format!("positions {positions:?} are not all in 0..{MOST}"));
-            need = need.max(p.ok_or_else(fault)? + 1);
+        let far = positions.iter().map(|p| p.unsigned_abs()).max().unwrap_or(0);
+        if far > MOST {
+            return Err(EngineError::System(format!("position {far} is beyond {MOST}")));
         }
+        let need = far as usize + 1;
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(t) = all.get(attr).filter(|t| t.cos.len() >= need * t.half) {
             return Ok(t.clone());
@@ -57,21 +56,22 @@ impl Turns {
         out
     }
 
-    /// Turns the heads of rows of `width` at these positions, in place; the positions repeat if there are more rows.
+    /// Turns the heads of rows of `width` at these positions, in place; the positions repeat if there are more rows. A
+    /// negative position turns back what its magnitude turned.
     pub(super) fn turn(&self, pool: &Pool, isa: Isa, positions: &[i32], width: usize, x: &mut [f32]) {
         let half = self.half;
         let Some(&first) = positions.first() else { return };
-        let first = first as usize;
-        let one_after_another = positions.iter().enumerate().all(|(i, &p)| p as usize == first + i);
-        let gather = |table: &[f32]| -> Vec<f32> {
-            positions.iter().flat_map(|&p| &table[p as usize * half..][..half]).copied().collect()
-        };
         let heads = width / (2 * half);
-        if one_after_another {
-            let span = first * half..(first + positions.len()) * half;
+        let run = |(i, &p): (usize, &i32)| p >= 0 && i64::from(p) == i64::from(first) + i as i64;
+        if positions.iter().enumerate().all(run) {
+            let span = first as usize * half..(first as usize + positions.len()) * half;
             cpu::rope_inplace(pool, isa, x, heads, 2 * half, &self.cos[span.clone()], &self.sin[span]);
-        } else {
-            cpu::rope_inplace(pool, isa, x, heads, 2 * half, &gather(&self.cos), &gather(&self.sin));
+            return;
         }
+        let row = |p: i32| p.unsigned_abs() as usize * half..(p.unsigned_abs() as usize + 1) * half;
+        let cos: Vec<f32> = positions.iter().flat_map(|&p| &self.cos[row(p)]).copied().collect();
+        let turned = |&p: &i32| self.sin[row(p)].iter().map(move |s| if p < 0 { -s } else { *s });
+        let sin: Vec<f32> = positions.iter().flat_map(turned).collect();
+        cpu::rope_inplace(pool, isa, x, heads, 2 * half, &cos, &sin);
     }
 }

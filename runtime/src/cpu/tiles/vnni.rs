@@ -52,19 +52,17 @@ unsafe fn by_width<const M: usize, const COUNT: usize, const U: usize>(
     // SAFETY: as promised by the caller.
     unsafe {
         match w.bits {
-            2 => rows::<M, COUNT, U, 2>(x, w, block, first, y),
             3 => rows::<M, COUNT, U, 3>(x, w, block, first, y),
             4 => rows::<M, COUNT, U, 4>(x, w, block, first, y),
-            5 => rows::<M, COUNT, U, 5>(x, w, block, first, y),
-            6 => rows::<M, COUNT, U, 6>(x, w, block, first, y),
-            7 => rows::<M, COUNT, U, 7>(x, w, block, first, y),
-            _ => rows::<M, COUNT, U, 8>(x, w, block, first, y),
+            8 => rows::<M, COUNT, U, 8>(x, w, block, first, y),
+            _ => rows::<M, COUNT, U, 0>(x, w, block, first, y),
         }
     }
 }
 
 /// # Safety
-/// As [`sums`]; `y` has `M` rows, and the digits are `COUNT`.
+/// As [`sums`]; `y` has `M` rows, and the digits are `COUNT`. Codes of `BITS` bits are unpacked in registers, if that is
+/// not 0.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u8>(
@@ -90,14 +88,14 @@ unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u
                 for s in 0..stored.len() / LINE {
                     _mm_prefetch::<_MM_HINT_T0>(stored.as_ptr().wrapping_add(s * LINE + DISTANCE).cast());
                 }
-                if lines == PIECE / 4 {
+                if BITS > 0 && lines == PIECE / 4 {
                     for l in 0..PIECE / 4 {
                         // SAFETY: a full piece of this width is stored, and the left side has 64 digits from here on.
                         unsafe { add_line(&mut acc, l, line::<BITS>(stored.as_ptr(), l), left) };
                     }
                 } else {
                     let mut codes = [0; PIECE / 4 * LINE];
-                    unpack(stored, lines, BITS, &mut codes);
+                    unpack(stored, lines, w.bits, &mut codes);
                     for l in 0..lines {
                         // SAFETY: the buffer holds this line, and the left side has four digits for each line.
                         unsafe { add_line(&mut acc, l, load(codes.as_ptr().add(l * LINE)), left) };

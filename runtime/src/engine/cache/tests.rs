@@ -97,8 +97,13 @@ fn rows_come_back_as_their_codes_say() {
                         reader.read(b, h, from, count, &mut out);
                         for (i, &x) in out.iter().enumerate() {
                             let (t, d) = (from + i / head_dim, h * head_dim + i % head_dim);
-                            let want = if t < 3 { parts[0].value(b, t, d) } else { parts[1].value(b, t - 3, d) };
-                            assert_eq!(x.to_bits(), want.to_bits(), "{spec}, head of {head_dim}: {b}, {t}, {d}");
+                            let want =
+                                if t < 3 { parts[0].value(b, t, d) } else { parts[1].value(b, t - 3, d) };
+                            assert_eq!(
+                                x.to_bits(),
+                                want.to_bits(),
+                                "{spec}, head of {head_dim}: {b}, {t}, {d}"
+                            );
                         }
                     }
                 }
