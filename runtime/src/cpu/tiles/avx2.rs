@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::digits::Digits;
-use super::layout::{Tiles, planes, stored_lines, unpack};
+use super::layout::{Tiles, every_line, unpack};
 use super::plain::fold;
 use super::{LANES, LINE, PIECE, Sums};
 
@@ -63,7 +63,7 @@ unsafe fn rows<const M: usize, const COUNT: usize>(
                             unpack(stored, lines, w.bits, &mut codes);
                             for l in 0..lines {
                                 let line = codes.as_ptr().add(l * LINE);
-                                add_line(&mut acc, l, [load(line), load(line.add(HALF))], left);
+                                add_line::<M, COUNT, 8>(&mut acc, l, [load(line), load(line.add(HALF))], left);
                             }
                         }
                     }
@@ -97,44 +97,39 @@ unsafe fn full<const M: usize, const COUNT: usize, const BITS: u8>(
     stored: &[u8],
     left: [[*const i8; COUNT]; M],
 ) {
-    for l in 0..PIECE / 4 {
-        // SAFETY: promised by the caller.
-        unsafe {
-            let halves = [0, HALF].map(|half| half_line::<BITS>(stored.as_ptr().add(half), l));
-            add_line(acc, l, halves, left);
+    let p = stored.as_ptr();
+    // SAFETY: promised by the caller.
+    every_line!(l => unsafe {
+        add_line::<M, COUNT, BITS>(acc, l, [half_line::<BITS>(p, l), half_line::<BITS>(p.add(HALF), l)], left);
+    });
+}
+
+/// Half of line `l` of a full piece of codes of 3, 4 or 8 bits.
+///
+/// # Safety
+/// A full piece of codes of `BITS` bits at `p`, or half a line behind its start.
+#[inline(always)]
+unsafe fn half_line<const BITS: u8>(p: *const u8, l: usize) -> __m256i {
+    // SAFETY: promised by the caller: a plane of `w` bits holds `2 w` lines.
+    unsafe {
+        match BITS {
+            8 => load(p.add(l * LINE)),
+            4 => bits(load(p.add(l % 8 * LINE)), 4 * (l / 8), 0x0f),
+            _ => {
+                let low = bits(load(p.add(l % 4 * LINE)), 2 * (l / 4), 3);
+                let top = bits(load(p.add((4 + l % 2) * LINE)), l / 2, 1);
+                _mm256_or_si256(low, _mm256_slli_epi16::<2>(top))
+            }
         }
     }
 }
 
-/// Half of line `l` of a full piece.
-///
-/// # Safety
-/// A full piece of codes of `BITS` bits at `p`, or half a line behind its start.
+/// The bits of `mask` of each byte, from bit `down` on. Bits that come over from the neighbour byte are masked away.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn half_line<const BITS: u8>(p: *const u8, l: usize) -> __m256i {
-    let (mut at, mut base) = (0, 0);
-    let mut codes = _mm256_setzero_si256();
-    for width in planes(BITS) {
-        let stored = stored_lines(PIECE / 4, width);
-        // SAFETY: each plane holds `stored` lines, and `l` is below sixteen.
-        let bytes = unsafe { load(p.add(at + l % stored * LINE)) };
-        if width == 8 {
-            return bytes;
-        }
-        // Bits that come over from the neighbour byte are masked away.
-        let down = (l / stored * usize::from(width)) as i32 - i32::from(base);
-        let moved = match down {
-            0 => bytes,
-            1.. => _mm256_srl_epi16(bytes, _mm_cvtsi32_si128(down)),
-            _ => _mm256_sll_epi16(bytes, _mm_cvtsi32_si128(-down)),
-        };
-        let mask = _mm256_set1_epi8((((1u16 << width) - 1) << base) as i8);
-        codes = _mm256_or_si256(codes, _mm256_and_si256(moved, mask));
-        at += stored * LINE;
-        base += width;
-    }
-    codes
+fn bits(bytes: __m256i, down: usize, mask: i8) -> __m256i {
+    let moved = if down == 0 { bytes } else { _mm256_srl_epi16(bytes, _mm_cvtsi64_si128(down as i64)) };
+    _mm256_and_si256(moved, _mm256_set1_epi8(mask))
 }
 
 /// # Safety
@@ -146,13 +141,13 @@ unsafe fn load(p: *const u8) -> __m256i {
     unsafe { _mm256_loadu_si256(p.cast()) }
 }
 
-/// Adds the products of a line of codes with four digits of each row.
+/// Adds the products of a line of codes of `BITS` bits with four digits of each row.
 ///
 /// # Safety
 /// AVX2; four digits at `4 l` of each of `left`.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_line<const M: usize, const COUNT: usize>(
+unsafe fn add_line<const M: usize, const COUNT: usize, const BITS: u8>(
     acc: &mut [[[__m256i; 2]; COUNT]; M],
     l: usize,
     codes: [__m256i; 2],
@@ -160,7 +155,7 @@ unsafe fn add_line<const M: usize, const COUNT: usize>(
 ) {
     let ones = _mm256_set1_epi16(1);
     // Two products of a code below 128 and a signed byte fit 16 bits; the upper bit of a code is multiplied for itself.
-    let low = codes.map(|c| _mm256_and_si256(c, _mm256_set1_epi8(0x7f)));
+    let low = codes.map(|c| if BITS == 8 { _mm256_and_si256(c, _mm256_set1_epi8(0x7f)) } else { c });
     let high = codes.map(|c| _mm256_and_si256(_mm256_srli_epi16::<7>(c), _mm256_set1_epi8(1)));
     for (acc, left) in acc.iter_mut().zip(left) {
         for (acc, p) in acc.iter_mut().zip(left) {
@@ -168,9 +163,11 @@ unsafe fn add_line<const M: usize, const COUNT: usize>(
             let four = _mm256_set1_epi32(unsafe { p.add(4 * l).cast::<i32>().read_unaligned() });
             for half in 0..2 {
                 let of_low = _mm256_madd_epi16(_mm256_maddubs_epi16(low[half], four), ones);
-                let of_high = _mm256_madd_epi16(_mm256_maddubs_epi16(high[half], four), ones);
-                let sum = _mm256_add_epi32(of_low, _mm256_slli_epi32::<7>(of_high));
-                acc[half] = _mm256_add_epi32(acc[half], sum);
+                acc[half] = _mm256_add_epi32(acc[half], of_low);
+                if BITS == 8 {
+                    let of_high = _mm256_madd_epi16(_mm256_maddubs_epi16(high[half], four), ones);
+                    acc[half] = _mm256_add_epi32(acc[half], _mm256_slli_epi32::<7>(of_high));
+                }
             }
         }
     }

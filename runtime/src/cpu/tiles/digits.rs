@@ -141,6 +141,20 @@ impl Digits {
         &self.planes
     }
 
+    /// The sums of a digit over the blocks of a row.
+    #[inline(always)]
+    pub(super) fn sums(&self, row: usize, d: usize) -> &[i32] {
+        let blocks = self.blocks();
+        &self.sums[(row * self.count + d) * blocks..][..blocks]
+    }
+
+    /// The steps of the blocks of a row of floats.
+    #[inline(always)]
+    pub(super) fn steps(&self, row: usize) -> &[f32] {
+        let blocks = if self.count == 1 { 0 } else { self.blocks() };
+        &self.steps[row * blocks..][..blocks]
+    }
+
     /// The sum of a digit over a block, blocks being counted along the row.
     #[inline(always)]
     pub(super) fn sum(&self, row: usize, d: usize, block: usize) -> i32 {

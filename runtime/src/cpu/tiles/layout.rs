@@ -156,6 +156,21 @@ impl Tiles {
         (&self.codes[at..at + piece_bytes(lines, self.bits)], lines)
     }
 
+    /// All pieces of a block, one after another.
+    #[inline(always)]
+    pub(super) fn block_codes(&self, block: usize) -> &[u8] {
+        let each = self.block_bytes();
+        &self.codes[block * each..(block + 1) * each]
+    }
+
+    /// The first piece of `rest`, which is number `i` of its group, its lines, and what follows.
+    #[inline(always)]
+    pub(super) fn next_piece<'a>(&self, rest: &'a [u8], i: usize) -> (&'a [u8], usize, &'a [u8]) {
+        let lines = (self.group - i * PIECE).min(PIECE).div_ceil(4);
+        let (now, later) = rest.split_at(piece_bytes(lines, self.bits));
+        (now, lines, later)
+    }
+
     fn piece_at(&self, block: usize, group: usize, i: usize) -> usize {
         block * self.block_bytes() + group * self.group_bytes() + i * piece_bytes(PIECE / 4, self.bits)
     }
@@ -219,6 +234,21 @@ impl Tiles {
         self.weighted[at..at + LANES].as_array().unwrap_or_else(|| unreachable!("sixteen"))
     }
 }
+
+/// An expression for each line of a full piece, with its number as a constant: what depends on the number is known when this
+/// is compiled.
+macro_rules! every_line {
+    ($l:ident => $do:expr) => {
+        every_line!(@ $l => $do; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $l:ident => $do:expr; $($n:literal)*) => {
+        $({
+            let $l: usize = $n;
+            $do
+        })*
+    };
+}
+pub(super) use every_line;
 
 /// The lines of a piece, a code a byte.
 #[inline(always)]

@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::digits::Digits;
-use super::layout::{Tiles, planes, stored_lines, unpack};
+use super::layout::{Tiles, every_line, unpack};
 use super::{LINE, PIECE, Sums};
 
 /// How far ahead codes are asked for, in bytes.
@@ -72,59 +72,70 @@ unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u
     first: usize,
     y: &mut [Sums],
 ) {
-    let left: [[&[i8]; COUNT]; M] = std::array::from_fn(|r| std::array::from_fn(|d| x.plane(first + r, d)));
+    let left: [[*const i8; COUNT]; M] =
+        std::array::from_fn(|r| std::array::from_fn(|d| x.plane(first + r, d).as_ptr()));
+    let sums: [[&[i32]; COUNT]; M] = std::array::from_fn(|r| std::array::from_fn(|d| x.sums(first + r, d)));
+    let steps: [&[f32]; M] = std::array::from_fn(|r| x.steps(first + r));
     let mut out = [_mm512_setzero_ps(); M];
     let pieces = w.group.div_ceil(PIECE);
     let per_block = x.block.div_ceil(PIECE);
+    let mut stored = w.block_codes(block);
+    let mut n = 0;
     for g in 0..w.groups() {
         // SAFETY: sixteen scales.
         let scales = unsafe { _mm512_loadu_ps(w.scales(block, g).as_ptr()) };
+        let zeros = match w.one_zero() {
+            Some(z) => _mm512_set1_epi32(i32::from(z)),
+            // SAFETY: sixteen zero points.
+            None => _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(w.zeros(block, g).as_ptr().cast()) }),
+        };
         for b in 0..x.blocks_of_group() {
             let mut acc = [[[_mm512_setzero_si512(); U]; COUNT]; M];
             for i in b * per_block..pieces.min((b + 1) * per_block) {
-                let (stored, lines) = w.piece(block, g, i);
+                let (now, lines, later) = w.next_piece(stored, i);
+                stored = later;
                 let at = g * x.padded_group() + i * PIECE;
-                let left = left.map(|planes| planes.map(|p| p[at..at + 4 * lines].as_ptr()));
-                for s in 0..stored.len() / LINE {
-                    _mm_prefetch::<_MM_HINT_T0>(stored.as_ptr().wrapping_add(s * LINE + DISTANCE).cast());
+                assert!(at + 4 * lines <= x.stride);
+                // SAFETY: inside of each plane, by the check above.
+                let left = left.map(|planes| planes.map(|p| unsafe { p.add(at) }));
+                for s in 0..now.len() / LINE {
+                    _mm_prefetch::<_MM_HINT_T0>(now.as_ptr().wrapping_add(s * LINE + DISTANCE).cast());
                 }
                 if BITS > 0 && lines == PIECE / 4 {
-                    for l in 0..PIECE / 4 {
-                        // SAFETY: a full piece of this width is stored, and the left side has 64 digits from here on.
-                        unsafe { add_line(&mut acc, l, line::<BITS>(stored.as_ptr(), l), left) };
-                    }
+                    let p = now.as_ptr();
+                    // SAFETY: a full piece of this width is stored, and the left side has 64 digits from here on.
+                    every_line!(l => unsafe { add_line(&mut acc, l, line::<BITS>(p, l), left) });
                 } else {
                     let mut codes = [0; PIECE / 4 * LINE];
-                    unpack(stored, lines, w.bits, &mut codes);
+                    unpack(now, lines, w.bits, &mut codes);
                     for l in 0..lines {
                         // SAFETY: the buffer holds this line, and the left side has four digits for each line.
                         unsafe { add_line(&mut acc, l, load(codes.as_ptr().add(l * LINE)), left) };
                     }
                 }
             }
-            let n = g * x.blocks_of_group() + b;
-            let zeros = match w.one_zero() {
-                Some(z) => _mm512_set1_epi32(i32::from(z)),
-                // SAFETY: sixteen zero points.
-                None => _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(w.zeros(block, g).as_ptr().cast()) }),
-            };
             for (r, (out, acc)) in out.iter_mut().zip(&acc).enumerate() {
                 let part = |d: usize| {
                     let sum = acc[d].iter().fold(_mm512_setzero_si512(), |s, a| _mm512_add_epi32(s, *a));
-                    let all = _mm512_set1_epi32(x.sum(first + r, d, n));
-                    _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, all))
+                    let all = sums[r][d][n];
+                    let taken = match w.one_zero() {
+                        Some(z) => _mm512_set1_epi32(all.wrapping_mul(i32::from(z))),
+                        None => _mm512_mullo_epi32(zeros, _mm512_set1_epi32(all)),
+                    };
+                    _mm512_sub_epi32(sum, taken)
                 };
                 let low = _mm512_cvtepi32_ps(part(0));
-                let whole = if COUNT == 1 {
-                    low
+                let (step, whole) = if COUNT == 1 {
+                    (scales, low)
                 } else {
                     let high = _mm512_add_epi32(_mm512_slli_epi32::<8>(part(2)), part(1));
                     // The product is exact, so this rounds as a product and a sum do.
-                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0), low)
+                    let whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0), low);
+                    (_mm512_mul_ps(scales, _mm512_set1_ps(steps[r][n])), whole)
                 };
-                let step = _mm512_mul_ps(scales, _mm512_set1_ps(x.step(first + r, n)));
                 *out = _mm512_add_ps(*out, _mm512_mul_ps(step, whole));
             }
+            n += 1;
         }
     }
     for (y, out) in y.iter_mut().zip(out) {
@@ -163,33 +174,30 @@ unsafe fn load(p: *const u8) -> __m512i {
     unsafe { _mm512_loadu_si512(p.cast()) }
 }
 
-/// Line `l` of a full piece.
+/// Line `l` of a full piece of codes of 3, 4 or 8 bits. With a constant `l` it is one or two shifts and masks.
 ///
 /// # Safety
 /// A full piece of codes of `BITS` bits at `p`.
+#[inline(always)]
+unsafe fn line<const BITS: u8>(p: *const u8, l: usize) -> __m512i {
+    // SAFETY: promised by the caller: a plane of `w` bits holds `2 w` lines.
+    unsafe {
+        match BITS {
+            8 => load(p.add(l * LINE)),
+            4 => bits(load(p.add(l % 8 * LINE)), 4 * (l / 8), 0x0f),
+            _ => {
+                let low = bits(load(p.add(l % 4 * LINE)), 2 * (l / 4), 3);
+                let top = bits(load(p.add((4 + l % 2) * LINE)), l / 2, 1);
+                _mm512_or_si512(low, _mm512_slli_epi16::<2>(top))
+            }
+        }
+    }
+}
+
+/// The bits of `mask` of each byte, from bit `down` on. Bits that come over from the neighbour byte are masked away.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn line<const BITS: u8>(p: *const u8, l: usize) -> __m512i {
-    let (mut at, mut base) = (0, 0);
-    let mut codes = _mm512_setzero_si512();
-    for width in planes(BITS) {
-        let stored = stored_lines(PIECE / 4, width);
-        // SAFETY: each plane holds `stored` lines, and `l` is below sixteen.
-        let bytes = unsafe { load(p.add(at + l % stored * LINE)) };
-        if width == 8 {
-            return bytes;
-        }
-        // Bits that come over from the neighbour byte are masked away.
-        let down = (l / stored * usize::from(width)) as i32 - i32::from(base);
-        let moved = match down {
-            0 => bytes,
-            1.. => _mm512_srl_epi16(bytes, _mm_cvtsi32_si128(down)),
-            _ => _mm512_sll_epi16(bytes, _mm_cvtsi32_si128(-down)),
-        };
-        let mask = _mm512_set1_epi8((((1u16 << width) - 1) << base) as i8);
-        codes = _mm512_or_si512(codes, _mm512_and_si512(moved, mask));
-        at += stored * LINE;
-        base += width;
-    }
-    codes
+fn bits(bytes: __m512i, down: usize, mask: i8) -> __m512i {
+    let moved = if down == 0 { bytes } else { _mm512_srl_epi16(bytes, _mm_cvtsi64_si128(down as i64)) };
+    _mm512_and_si512(moved, _mm512_set1_epi8(mask))
 }
