@@ -16,6 +16,7 @@
 use std::ops::Range;
 
 use super::pool::{Pool, Scratch, SharedMut};
+use super::simd::{Isa, Kernel, Lanes};
 use path::Kind;
 use plain::Plain;
 
@@ -85,7 +86,13 @@ impl Shared<'_> {
         for (r, y) in y.iter().enumerate() {
             // SAFETY: promised by the caller.
             let out = unsafe { self.out.part((first + r) * n + at, lanes) };
-            finish(x.finish(first + r), y, self.w.weighted(block), out);
+            let (shift, scale) = x.finish(first + r);
+            let weighted = self.w.weighted(block);
+            let mut done = [0.0; LANES];
+            for lane in 0..LANES {
+                done[lane] = (y[lane] + shift * weighted[lane]) * scale;
+            }
+            out.copy_from_slice(&done[..lanes]);
             if let Some(bias) = self.bias {
                 out.iter_mut().zip(&bias[at..]).for_each(|(y, b)| *y += b);
             }
@@ -149,6 +156,7 @@ unsafe fn run(
         return unsafe { amx::run(x, p, blocks, scratch) };
     }
     let _ = (unit, scratch);
+    let isa = if let Kind::Plain(isa) = path.0 { isa } else { Isa::detect() };
     for block in blocks {
         for first in (0..x.rows).step_by(ROWS) {
             let mut y = [[0.0; LANES]; ROWS];
@@ -162,19 +170,30 @@ unsafe fn run(
                 #[cfg(target_arch = "x86_64")]
                 Kind::Vnni | Kind::Amx(_) => unsafe { vnni::sums(x, p.w, block, first, y) },
             }
-            // SAFETY: promised by the caller.
-            unsafe { p.put(x, block, first, y) };
+            // The columns of this block are ours, as the caller promised.
+            isa.run(Put { p, x, block, first, y });
         }
+    }
+}
+
+/// [`Shared::put`]; whoever makes one keeps its promise.
+struct Put<'a, 'p> {
+    p: &'a Shared<'p>,
+    x: &'a Digits,
+    block: usize,
+    first: usize,
+    y: &'a [Sums],
+}
+
+impl Kernel for Put<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        // SAFETY: promised by whoever made this.
+        unsafe { self.p.put(self.x, self.block, self.first, self.y) };
     }
 }
 
 /// Rows of the left side that share the unpacked codes.
 const ROWS: usize = 4;
-
-/// What is left to do with the sums of a row: the shift of the left side, and its scale.
-#[inline(always)]
-fn finish((shift, scale): (f32, f32), y: &Sums, weighted: &[f32; LANES], out: &mut [f32]) {
-    for (lane, out) in out.iter_mut().enumerate() {
-        *out = (y[lane] + shift * weighted[lane]) * scale;
-    }
-}

@@ -132,11 +132,11 @@ fn cast(
     match &mut out.1 {
         Data::U8(y) => pool.for_chunks(&mut y[..x.len()], per_task, |c, y| {
             let (x, q) = (&x[c * per_task..][..y.len()], &q[c * per_task / run..]);
-            isa.run(Quantize { x, q, run, spec, put: |i, code| y[i] = code as u8 });
+            isa.run(Quantize { x, y, q, run, spec, code: |c| c as u8 });
         }),
         Data::I8(y) => pool.for_chunks(&mut y[..x.len()], per_task, |c, y| {
             let (x, q) = (&x[c * per_task..][..y.len()], &q[c * per_task / run..]);
-            isa.run(Quantize { x, q, run, spec, put: |i, code| y[i] = code as i8 });
+            isa.run(Quantize { x, y, q, run, spec, code: |c| c as i8 });
         }),
         _ => return Err(wrong_kind()),
     }
@@ -343,23 +343,24 @@ fn sides(ins: &[In<'_>]) -> Result<Vec<QParam>, EngineError> {
     Ok(scales.iter().enumerate().map(|(i, &scale)| QParam { scale, zero: zero(i) }).collect())
 }
 
-struct Quantize<'a, F> {
+struct Quantize<'a, C, F> {
     x: &'a [f32],
+    y: &'a mut [C],
     q: &'a [QParam],
     run: usize,
     spec: QuantSpec,
-    put: F,
+    code: F,
 }
 
-impl<F: FnMut(usize, i32)> Kernel for Quantize<'_, F> {
+impl<C, F: Fn(i32) -> C> Kernel for Quantize<'_, C, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(mut self) {
-        for (g, x) in self.x.chunks(self.run).enumerate() {
-            let q = self.q[g];
-            for (i, &x) in x.iter().enumerate() {
-                (self.put)(g * self.run + i, grid::quantize(x, q, self.spec));
+    fn run<L: Lanes>(self) {
+        let Quantize { x, y, q, run, spec, code } = self;
+        for ((x, y), q) in x.chunks(run).zip(y.chunks_mut(run)).zip(q) {
+            for (x, y) in x.iter().zip(y) {
+                *y = code(grid::quantize(*x, *q, spec));
             }
         }
     }

@@ -4,12 +4,13 @@
 use std::arch::asm;
 use std::ops::Range;
 
+use std::arch::x86_64::*;
+
 use super::digits::Digits;
-use super::layout::{Tiles, unpack};
-use super::plain::fold;
+use super::layout::{Tiles, every_line, unpack};
+use super::vnni::line;
 use super::{ACROSS, LANES, LINE, PIECE, Shared, Sums};
 use crate::cpu::pool::Scratch;
-use crate::cpu::simd::{Isa, Kernel, Lanes};
 use crate::cpu::split::Tiles as Registers;
 
 /// Pieces of one pass over the blocks: what it reads of the left side stays in the first-level cache.
@@ -27,19 +28,29 @@ struct Block([[[i32; LANES]; 16]; 3]);
 /// Computes some blocks of a part, at most [`ACROSS`].
 ///
 /// # Safety
-/// The machine has a matrix unit for bytes, and the process may use it; the columns of a block are written by one task.
+/// The machine has a matrix unit for bytes, and the process may use it, and AVX-512 F, BW, DQ and VL; the columns of a block
+/// are written by one task.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(super) unsafe fn run(x: &Digits, p: &Shared<'_>, blocks: Range<usize>, scratch: &Scratch) {
-    let (isa, w, from) = (Isa::detect(), p.w, blocks.start);
+    let (w, from) = (p.w, blocks.start);
     let pieces = w.group.div_ceil(PIECE);
     let each = w.groups() * pieces * TILE;
-    let mut room = scratch.take(ACROSS * each / 4 + 16);
-    let skip = room.as_ptr().align_offset(64).min(16);
-    let right: &mut [i8] = bytemuck::cast_slice_mut(&mut room[skip..]);
-    for (right, block) in right.chunks_exact_mut(each).zip(blocks.clone()) {
-        isa.run(Unpack { w, block, out: right });
+    // Whole pieces of bytes are tiles as they are stored.
+    let stored = w.bits == 8 && w.group.is_multiple_of(PIECE);
+    let mut room = scratch.take(if stored { 0 } else { ACROSS * each / 4 + 16 });
+    let skip = room.as_ptr().align_offset(64).min(room.len()).min(16);
+    let codes: &mut [u8] = bytemuck::cast_slice_mut(&mut room[skip..]);
+    if !stored {
+        for (codes, block) in codes.chunks_exact_mut(each).zip(blocks.clone()) {
+            // SAFETY: promised by the caller.
+            unsafe { unpack_block(w, block, codes) };
+        }
     }
-    let right =
-        |block: usize, at: usize, count: usize| &right[(block - from) * each + at * TILE..][..count * TILE];
+    let right = |block: usize, at: usize, count: usize| {
+        let all = if stored { w.block_codes(block) } else { &codes[(block - from) * each..][..each] };
+        let all = &all[at * TILE..(at + count) * TILE];
+        if w.bits == 8 { Right::Unsigned(all) } else { Right::Signed(all) }
+    };
     let _registers = Registers::configure();
     let mut acc = [Block([[[0; LANES]; 16]; 3]); ACROSS];
     let rows = if x.count == 1 { ROWS } else { ROWS / 2 };
@@ -56,12 +67,21 @@ pub(super) unsafe fn run(x: &Digits, p: &Shared<'_>, blocks: Range<usize>, scrat
                     for block in blocks.clone() {
                         let acc = &mut acc[block - from];
                         let right = right(block, g * pieces + i, run);
-                        multiply_rows(x, first, at, right, run, i > span.start, acc);
+                        multiply_rows(x, (first, count), at, right, run, i > span.start, acc);
                     }
                 }
                 for block in blocks.clone() {
                     let (acc, y) = (&acc[block - from], &mut y[block - from][..count]);
-                    isa.run(Fold { x, w, block, first, at: (g, b), acc, y });
+                    let at = (g, g * x.blocks_of_group() + b);
+                    // SAFETY: promised by the caller.
+                    unsafe {
+                        match (x.count, w.bits) {
+                            (1, 8) => add_sums::<1, true>(x, w, block, first, at, acc, y),
+                            (1, _) => add_sums::<1, false>(x, w, block, first, at, acc, y),
+                            (_, 8) => add_sums::<3, true>(x, w, block, first, at, acc, y),
+                            _ => add_sums::<3, false>(x, w, block, first, at, acc, y),
+                        }
+                    }
                 }
             }
         }
@@ -72,71 +92,98 @@ pub(super) unsafe fn run(x: &Digits, p: &Shared<'_>, blocks: Range<usize>, scrat
     }
 }
 
-/// The codes of a block as signed bytes less what their zero points are for widths below eight bits, and less 128 for eight.
-struct Unpack<'a> {
-    w: &'a Tiles,
-    block: usize,
-    out: &'a mut [i8],
-}
-
-impl Kernel for Unpack<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let Unpack { w, block, out } = self;
-        let pieces = w.group.div_ceil(PIECE);
-        let mut codes = [0u8; TILE];
-        for (at, out) in out.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-            let (g, i) = (at / pieces, at % pieces);
-            let (stored, lines) = w.piece(block, g, i);
-            unpack(stored, lines, w.bits, &mut codes);
-            let zeros = if w.bits < 8 { w.zeros(block, g) } else { [128; LANES] };
-            let mut each = [0u8; LINE];
-            for (j, z) in each.iter_mut().enumerate() {
-                *z = zeros[j / 4];
-            }
-            let (used, unused) = out.split_at_mut(lines * LINE);
-            for (out, codes) in used.as_chunks_mut::<LINE>().0.iter_mut().zip(codes.as_chunks::<LINE>().0) {
-                for j in 0..LINE {
-                    out[j] = codes[j].wrapping_sub(each[j]) as i8;
+/// The codes of a block, a byte each, whole pieces; those of less than 8 bits less their zero points.
+///
+/// # Safety
+/// The machine has AVX-512 F and BW.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn unpack_block(w: &Tiles, block: usize, out: &mut [u8]) {
+    let pieces = w.group.div_ceil(PIECE);
+    let mut rest = w.block_codes(block);
+    // The four bytes of each row of a line.
+    let each = _mm512_set1_epi32(0x0101_0101);
+    for (at, out) in out.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+        let (stored, lines, later) = w.next_piece(rest, at % pieces);
+        rest = later;
+        let zeros = if w.bits < 8 { w.zeros(block, at / pieces) } else { [0; LANES] };
+        // SAFETY: sixteen zero points.
+        let zeros = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(zeros.as_ptr().cast()) });
+        let zeros = _mm512_mullo_epi32(zeros, each);
+        let (p, to) = (stored.as_ptr(), out.as_mut_ptr());
+        // SAFETY: the lines of `out` are as many as those of a full piece.
+        let put = |l: usize, codes: __m512i| unsafe {
+            _mm512_storeu_si512(to.add(l * LINE).cast(), _mm512_sub_epi8(codes, zeros));
+        };
+        match (w.bits, lines == PIECE / 4) {
+            // SAFETY: a full piece of this width is stored.
+            (3, true) => every_line!(l => put(l, unsafe { line::<3>(p, l) })),
+            // SAFETY: as above.
+            (4, true) => every_line!(l => put(l, unsafe { line::<4>(p, l) })),
+            _ => {
+                let mut codes = [0; TILE];
+                unpack(stored, lines, w.bits, &mut codes);
+                for l in 0..PIECE / 4 {
+                    // What fills up a piece is 0 on this side.
+                    let now = if l < lines {
+                        // SAFETY: a line of the buffer.
+                        unsafe { _mm512_loadu_si512(codes.as_ptr().add(l * LINE).cast()) }
+                    } else {
+                        zeros
+                    };
+                    put(l, now);
                 }
             }
-            unused.fill(0);
         }
     }
 }
 
-/// Adds the sums of a block of the inner dimension to the float sums of the rows from `first` on.
-struct Fold<'a> {
-    x: &'a Digits,
-    w: &'a Tiles,
+/// Adds the sums of a block of the inner dimension, in group `at.0` and number `at.1` of the row, to the float sums of the
+/// rows from `first` on, in the order of [`fold`](super::plain::fold). The zero points of `BYTES` are still to be taken off.
+///
+/// # Safety
+/// The machine has AVX-512 F, BW, DQ and VL; the digits are `COUNT`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn add_sums<const COUNT: usize, const BYTES: bool>(
+    x: &Digits,
+    w: &Tiles,
     block: usize,
     first: usize,
-    /// Group, and block of the inner dimension in it.
     at: (usize, usize),
-    acc: &'a Block,
-    y: &'a mut [Sums],
-}
-
-impl Kernel for Fold<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let Fold { x, w, block, first, at: (g, b), acc, y } = self;
-        let n = g * x.blocks_of_group() + b;
-        // What the codes were taken off already.
-        let zeros = if w.bits < 8 { [0; LANES] } else { w.zeros(block, g).map(|z| i32::from(z) - 128) };
-        let scales = w.scales(block, g);
-        for (r, y) in y.iter_mut().enumerate() {
-            let step = x.step(first + r, n);
-            if x.count == 1 {
-                fold::<1>(y, &[acc.0[r / 16][r % 16]], &zeros, scales, [x.sum(first + r, 0, n)], step);
+    acc: &Block,
+    y: &mut [Sums],
+) {
+    // SAFETY: sixteen scales, sixteen zero points.
+    let (scales, zeros) = unsafe {
+        let zeros = w.zeros(block, at.0);
+        let zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().cast()));
+        (_mm512_loadu_ps(w.scales(block, at.0).as_ptr()), zeros)
+    };
+    let sums = x.sums_of(first, y.len(), at.1);
+    let steps = x.steps_of(first, y.len(), at.1);
+    for (r, y) in y.iter_mut().enumerate() {
+        let part = |d: usize| {
+            let tile = if COUNT == 1 { &acc.0[r / 16][r % 16] } else { &acc.0[d][r % 16] };
+            // SAFETY: sixteen sums.
+            let sum = unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) };
+            if BYTES {
+                _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(sums.at(r, d))))
             } else {
-                let sums = [0, 1, 2].map(|d| x.sum(first + r, d, n));
-                fold::<3>(y, &[acc.0[0][r], acc.0[1][r], acc.0[2][r]], &zeros, scales, sums, step);
+                sum
             }
+        };
+        let low = _mm512_cvtepi32_ps(part(0));
+        let (step, whole) = if COUNT == 1 {
+            (scales, low)
+        } else {
+            let high = _mm512_add_epi32(_mm512_slli_epi32::<8>(part(2)), part(1));
+            // The product is exact, so this rounds as a product and a sum do.
+            let whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0), low);
+            (_mm512_mul_ps(scales, _mm512_set1_ps(steps.at(r, 0))), whole)
+        };
+        // SAFETY: sixteen floats.
+        unsafe {
+            let sum = _mm512_add_ps(_mm512_loadu_ps(y.as_ptr()), _mm512_mul_ps(step, whole));
+            _mm512_storeu_ps(y.as_mut_ptr(), sum);
         }
     }
 }
@@ -144,9 +191,9 @@ impl Kernel for Fold<'_> {
 /// Sums of the rows from `first` on, from the digits at `at` on, with the codes of some pieces.
 fn multiply_rows(
     x: &Digits,
-    first: usize,
+    (first, count): (usize, usize),
     at: usize,
-    right: &[i8],
+    right: Right<'_>,
     pieces: usize,
     add: bool,
     out: &mut Block,
@@ -158,89 +205,59 @@ fn multiply_rows(
     assert!(at + pieces * PIECE <= x.stride && planes.len() + at >= rows * row);
     // SAFETY: all rows of the tiles lie in the planes, by the check above.
     unsafe {
-        if x.count == 1 {
-            multiply([planes.as_ptr(), planes.as_ptr().add(16 * row)], row, right, pieces, add, out);
+        let a = planes.as_ptr();
+        if x.count > 1 {
+            multiply([0, 1, 2].map(|d| a.add(d * x.stride)), row, right, pieces, add, out);
+        } else if count > 16 {
+            multiply([a, a.add(16 * row)], row, right, pieces, add, out);
         } else {
-            let a = [0, 1, 2].map(|d| planes.as_ptr().add(d * x.stride));
-            multiply(a, row, right, pieces, add, out);
+            multiply([a], row, right, pieces, add, out);
         }
     }
 }
 
+/// Codes of pieces one after another, a byte each.
+#[derive(Clone, Copy)]
+enum Right<'a> {
+    /// As they are stored.
+    Unsigned(&'a [u8]),
+    /// Less their zero points.
+    Signed(&'a [u8]),
+}
+
 /// `out[i][16, 16] += a_i b` for the tiles `a_i`, whose rows are `stride` bytes apart, over `pieces` pieces; from 0 if `add`
-/// is not set. The codes of `b` lie one piece after another.
+/// is not set.
 ///
 /// # Safety
 /// The tiles of this thread are configured. Sixteen rows of `64 * pieces` bytes at each of `a`.
 unsafe fn multiply<const A: usize>(
     a: [*const i8; A],
     stride: usize,
-    b: &[i8],
+    b: Right<'_>,
     pieces: usize,
     add: bool,
     out: &mut Block,
 ) {
-    assert!(pieces > 0 && b.len() == pieces * TILE);
+    let (Right::Unsigned(codes) | Right::Signed(codes)) = b;
+    assert!(pieces > 0 && codes.len() == pieces * TILE);
     let out = out.0.as_mut_ptr().cast::<u8>();
-    if A == 2 {
-        // SAFETY: what is read was promised by the caller or is checked above; the stores fill two tiles of `out`.
-        unsafe {
+    /// The loop over pieces: what it does with a sum before, with a piece of the second and third tile, and after.
+    macro_rules! tiles {
+        ($dp:literal, [$($load:literal),*], [$($zero:literal),*], [$($more:expr),*], [$($store:literal),*]) => {
             asm!(
                 "test {z}, {z}",
                 "jz 4f",
                 "tileloadd tmm0, [{c} + {s}*1]",
-                "tileloadd tmm1, [{c} + {s}*1 + 1024]",
+                $($load,)*
                 "jmp 2f",
                 "4:",
                 "tilezero tmm0",
-                "tilezero tmm1",
+                $($zero,)*
                 "2:",
                 "tileloadd tmm4, [{b} + {s}*1]",
                 "tileloadd tmm3, [{a0} + {t}*1]",
-                "tdpbssd tmm0, tmm3, tmm4",
-                "tileloadd tmm3, [{a1} + {t}*1]",
-                "tdpbssd tmm1, tmm3, tmm4",
-                "add {a0}, 64",
-                "add {a1}, 64",
-                "add {b}, 1024",
-                "dec {n}",
-                "jnz 2b",
-                "tilestored [{c} + {s}*1], tmm0",
-                "tilestored [{c} + {s}*1 + 1024], tmm1",
-                a0 = inout(reg) a[0] => _,
-                a1 = inout(reg) a[1] => _,
-                b = inout(reg) b.as_ptr() => _,
-                n = inout(reg) pieces => _,
-                z = in(reg) u64::from(add),
-                c = in(reg) out,
-                s = in(reg) 64usize,
-                t = in(reg) stride,
-                options(nostack),
-            );
-        }
-    } else {
-        assert!(A == 3);
-        // SAFETY: as above, with three tiles.
-        unsafe {
-            asm!(
-                "test {z}, {z}",
-                "jz 4f",
-                "tileloadd tmm0, [{c} + {s}*1]",
-                "tileloadd tmm1, [{c} + {s}*1 + 1024]",
-                "tileloadd tmm2, [{c} + {s}*1 + 2048]",
-                "jmp 2f",
-                "4:",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "2:",
-                "tileloadd tmm4, [{b} + {s}*1]",
-                "tileloadd tmm3, [{a0} + {t}*1]",
-                "tdpbssd tmm0, tmm3, tmm4",
-                "tileloadd tmm3, [{a1} + {t}*1]",
-                "tdpbssd tmm1, tmm3, tmm4",
-                "tileloadd tmm3, [{a2} + {t}*1]",
-                "tdpbssd tmm2, tmm3, tmm4",
+                concat!($dp, " tmm0, tmm3, tmm4"),
+                $($more,)*
                 "add {a0}, 64",
                 "add {a1}, 64",
                 "add {a2}, 64",
@@ -248,19 +265,51 @@ unsafe fn multiply<const A: usize>(
                 "dec {n}",
                 "jnz 2b",
                 "tilestored [{c} + {s}*1], tmm0",
-                "tilestored [{c} + {s}*1 + 1024], tmm1",
-                "tilestored [{c} + {s}*1 + 2048], tmm2",
+                $($store,)*
                 a0 = inout(reg) a[0] => _,
-                a1 = inout(reg) a[1] => _,
+                a1 = inout(reg) a[A / 2] => _,
                 a2 = inout(reg) a[A - 1] => _,
-                b = inout(reg) b.as_ptr() => _,
+                b = inout(reg) codes.as_ptr() => _,
                 n = inout(reg) pieces => _,
                 z = in(reg) u64::from(add),
                 c = in(reg) out,
                 s = in(reg) 64usize,
                 t = in(reg) stride,
                 options(nostack),
-            );
+            )
+        };
+    }
+    macro_rules! by_count {
+        ($dp:literal) => {
+            match A {
+                1 => tiles!($dp, [], [], [], []),
+                2 => tiles!(
+                    $dp,
+                    ["tileloadd tmm1, [{c} + {s}*1 + 1024]"],
+                    ["tilezero tmm1"],
+                    ["tileloadd tmm3, [{a1} + {t}*1]", concat!($dp, " tmm1, tmm3, tmm4")],
+                    ["tilestored [{c} + {s}*1 + 1024], tmm1"]
+                ),
+                _ => tiles!(
+                    $dp,
+                    ["tileloadd tmm1, [{c} + {s}*1 + 1024]", "tileloadd tmm2, [{c} + {s}*1 + 2048]"],
+                    ["tilezero tmm1", "tilezero tmm2"],
+                    [
+                        "tileloadd tmm3, [{a1} + {t}*1]",
+                        concat!($dp, " tmm1, tmm3, tmm4"),
+                        "tileloadd tmm3, [{a2} + {t}*1]",
+                        concat!($dp, " tmm2, tmm3, tmm4")
+                    ],
+                    ["tilestored [{c} + {s}*1 + 1024], tmm1", "tilestored [{c} + {s}*1 + 2048], tmm2"]
+                ),
+            }
+        };
+    }
+    // SAFETY: what is read was promised by the caller or is checked above; the stores fill up to three tiles of `out`.
+    unsafe {
+        match b {
+            Right::Unsigned(_) => by_count!("tdpbsud"),
+            Right::Signed(_) => by_count!("tdpbssd"),
         }
     }
 }

@@ -63,7 +63,12 @@ unsafe fn rows<const M: usize, const COUNT: usize>(
                             unpack(stored, lines, w.bits, &mut codes);
                             for l in 0..lines {
                                 let line = codes.as_ptr().add(l * LINE);
-                                add_line::<M, COUNT, 8>(&mut acc, l, [load(line), load(line.add(HALF))], left);
+                                add_line::<M, COUNT, 8>(
+                                    &mut acc,
+                                    l,
+                                    [load(line), load(line.add(HALF))],
+                                    left,
+                                );
                             }
                         }
                     }

@@ -155,6 +155,21 @@ impl Digits {
         &self.steps[row * blocks..][..blocks]
     }
 
+    /// The sums of one block, for the digits of `rows` rows from `first` on.
+    #[inline(always)]
+    pub(super) fn sums_of(&self, first: usize, rows: usize, block: usize) -> OfRows<'_, i32> {
+        let blocks = self.blocks();
+        let span = first * self.count * blocks..(first + rows) * self.count * blocks;
+        OfRows { all: &self.sums[span], block, blocks, count: self.count }
+    }
+
+    /// The steps of one block, for `rows` rows of floats from `first` on; nothing for codes.
+    #[inline(always)]
+    pub(super) fn steps_of(&self, first: usize, rows: usize, block: usize) -> OfRows<'_, f32> {
+        let blocks = if self.count == 1 { 0 } else { self.blocks() };
+        OfRows { all: &self.steps[first * blocks..(first + rows) * blocks], block, blocks, count: 1 }
+    }
+
     /// The sum of a digit over a block, blocks being counted along the row.
     #[inline(always)]
     pub(super) fn sum(&self, row: usize, d: usize, block: usize) -> i32 {
@@ -171,6 +186,22 @@ impl Digits {
     #[inline(always)]
     pub(super) fn finish(&self, row: usize) -> (f32, f32) {
         (self.shifts[row], if self.count == 1 { self.steps[row] } else { 1.0 })
+    }
+}
+
+/// What some rows have for each of their blocks, at one block.
+pub(super) struct OfRows<'a, T> {
+    all: &'a [T],
+    block: usize,
+    blocks: usize,
+    count: usize,
+}
+
+impl<T: Copy> OfRows<'_, T> {
+    /// That of digit `d` of row `r`.
+    #[inline(always)]
+    pub(super) fn at(&self, r: usize, d: usize) -> T {
+        self.all[(r * self.count + d) * self.blocks + self.block]
     }
 }
 

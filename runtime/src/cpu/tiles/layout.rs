@@ -242,10 +242,10 @@ macro_rules! every_line {
         every_line!(@ $l => $do; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
     };
     (@ $l:ident => $do:expr; $($n:literal)*) => {
-        $({
+        {$({
             let $l: usize = $n;
             $do
-        })*
+        })*}
     };
 }
 pub(super) use every_line;

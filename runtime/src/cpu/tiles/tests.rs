@@ -141,7 +141,7 @@ fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
                         for path in paths() {
                             for pool in &pools3()[..2] {
                                 let mut digits = Digits::default();
-                                digits.cut(pool, crate::cpu::Isa::detect(), left.side(), (m, k), group);
+                                digits.cut(pool, Isa::detect(), left.side(), (m, k), group);
                                 let mut out = vec![f32::NAN; m * n];
                                 let mut parts = [Part { w: &tiles, bias: None, out: &mut out }];
                                 product(pool, path, &digits, &mut parts, &Scratch::new());

@@ -179,7 +179,7 @@ unsafe fn load(p: *const u8) -> __m512i {
 /// # Safety
 /// A full piece of codes of `BITS` bits at `p`.
 #[inline(always)]
-unsafe fn line<const BITS: u8>(p: *const u8, l: usize) -> __m512i {
+pub(super) unsafe fn line<const BITS: u8>(p: *const u8, l: usize) -> __m512i {
     // SAFETY: promised by the caller: a plane of `w` bits holds `2 w` lines.
     unsafe {
         match BITS {
