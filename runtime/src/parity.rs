@@ -102,3 +102,6 @@ fn gap(got: &[f32], want: &[f32]) -> f64 {
         got.iter().zip(want).map(distance).fold(0.0, |a: f64, d| if d > a || d.is_nan() { d } else { a });
     if worst == 0.0 { 0.0 } else { worst / largest }
 }
+
+#[cfg(test)]
+mod tests;

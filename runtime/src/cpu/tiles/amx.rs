@@ -172,17 +172,17 @@ unsafe fn add_sums<const COUNT: usize, const BYTES: bool>(
             }
         };
         let low = _mm512_cvtepi32_ps(part(0));
-        let (step, whole) = if COUNT == 1 {
-            (scales, low)
+        let whole = if COUNT == 1 {
+            low
         } else {
             let high = _mm512_add_epi32(_mm512_slli_epi32::<8>(part(2)), part(1));
             // The product is exact, so this rounds as a product and a sum do.
             let whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0), low);
-            (_mm512_mul_ps(scales, _mm512_set1_ps(steps.at(r, 0))), whole)
+            _mm512_mul_ps(whole, _mm512_set1_ps(steps.at(r, 0)))
         };
         // SAFETY: sixteen floats.
         unsafe {
-            let sum = _mm512_add_ps(_mm512_loadu_ps(y.as_ptr()), _mm512_mul_ps(step, whole));
+            let sum = _mm512_add_ps(_mm512_loadu_ps(y.as_ptr()), _mm512_mul_ps(scales, whole));
             _mm512_storeu_ps(y.as_mut_ptr(), sum);
         }
     }

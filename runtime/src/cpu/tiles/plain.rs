@@ -84,6 +84,7 @@ pub(super) fn fold<const COUNT: usize>(
             1 => part(0) as f32,
             _ => (part(2) * 256 + part(1)) as f32 * 256.0 + part(0) as f32,
         };
-        y[lane] += scales[lane] * step * whole;
+        // A step is a power of two; its product with a scale could be too small for all of its bits.
+        y[lane] += scales[lane] * (step * whole);
     }
 }

@@ -125,15 +125,15 @@ unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u
                     _mm512_sub_epi32(sum, taken)
                 };
                 let low = _mm512_cvtepi32_ps(part(0));
-                let (step, whole) = if COUNT == 1 {
-                    (scales, low)
+                let whole = if COUNT == 1 {
+                    low
                 } else {
                     let high = _mm512_add_epi32(_mm512_slli_epi32::<8>(part(2)), part(1));
                     // The product is exact, so this rounds as a product and a sum do.
                     let whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0), low);
-                    (_mm512_mul_ps(scales, _mm512_set1_ps(steps[r][n])), whole)
+                    _mm512_mul_ps(whole, _mm512_set1_ps(steps[r][n]))
                 };
-                *out = _mm512_add_ps(*out, _mm512_mul_ps(step, whole));
+                *out = _mm512_add_ps(*out, _mm512_mul_ps(scales, whole));
             }
             n += 1;
         }
