@@ -5,6 +5,7 @@ mod awq;
 mod cli;
 mod degenerate;
 mod gptq;
+mod head;
 mod hostile;
 mod methods;
 mod numerics;

@@ -25,6 +25,9 @@ options! {
         rule: Rule = Rule::MinMax,
         /// type in which scales of weights are stored
         scale: ScaleType = ScaleType::F32,
+        /// bits of the head's weight, by minimum and maximum, a row at a time where `group` does not divide it; its input
+        /// stays float, and so does an embedding that it shares
+        head: Width = Width(16),
         /// bits of the input of a linear layer, one scale a token
         a: Width = Width(16),
         /// signed codes without a zero point for activations
@@ -87,7 +90,8 @@ fn gcd(a: u64, b: u64) -> u64 {
 
 impl Pass for Annotate {
     fn info(&self) -> PassInfo {
-        let last = if self.0.w.quantized().is_some() { Stage::Annotated } else { Stage::Rounded };
+        let weights = self.0.w.quantized().or(self.0.head.quantized());
+        let last = if weights.is_some() { Stage::Annotated } else { Stage::Rounded };
         PassInfo {
             name: "annotate",
             summary: "say which weights, activations and caches have a quantized type",
@@ -112,6 +116,13 @@ impl Pass for Annotate {
             }
         }
         o.skip.on(module)?;
+        let headless = module.find_func("head").is_none_or(|f| linears(module.func(f)).is_empty());
+        if let Some(bits) = o.head.quantized().filter(|_| headless) {
+            let m = format!(
+                "`annotate`: head is {bits}, and the module has no @head that multiplies by a matrix"
+            );
+            return Err(Diag::new("Q0602", m).hint("leave `head` out for this module"));
+        }
         if o.w.quantized().is_some() { check_group(module, o.group, o.tp) } else { Ok(()) }
     }
 
@@ -122,8 +133,28 @@ impl Pass for Annotate {
             let new = annotate(&unit.module, unit.module.func(layer), o, &skip, index)?;
             unit.module.funcs[layer.0 as usize] = new;
         }
+        if let Some((bits, head)) = o.head.quantized().zip(unit.module.find_func("head")) {
+            let new = annotate_head(&unit.module, unit.module.func(head), Bits(bits), o)?;
+            unit.module.funcs[head.0 as usize] = new;
+        }
         Ok(())
     }
+}
+
+/// Annotates the weight of the head. Ranks of tensor parallelism share out its rows, so that scales are the same at every
+/// number of them.
+fn annotate_head(module: &Module, f: &Func, bits: Bits, o: &AnnotateOptions) -> Result<Func, Diag> {
+    let all = linears(f);
+    rewrite(module, f, |b, node, ins| {
+        let Some(l) = all.iter().find(|l| node.outs.first() == Some(&l.y)) else { return Ok(None) };
+        let group = match o.group {
+            Group::Size(g) if !in_features(f, l).is_multiple_of(g as usize) => Group::Row,
+            group => group,
+        };
+        let spec = weight_spec(bits, group, o.sym, o.scale);
+        let w = b.op1(Op::FakeQuant(spec, Rule::MinMax), &[ins[1]])?;
+        Ok(Some(vec![b.linear(ins[0], w)?]))
+    })
 }
 
 /// A value to be quantized, with what its marker says of its range.

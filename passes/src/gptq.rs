@@ -12,6 +12,7 @@ use qrmc_ir::{Diag, Module, Op};
 use crate::calibrate::{LayerRun, Stream, walk_layers};
 use crate::options::{OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::rtn::round_to_nearest;
 use crate::unit::Unit;
 
 options! {
@@ -38,7 +39,7 @@ impl Pass for Gptq {
     fn info(&self) -> PassInfo {
         PassInfo {
             name: "gptq",
-            summary: "GPTQ: choose integers a column at a time, later ones make up for the errors of earlier ones",
+            summary: "GPTQ: choose integers a column at a time, later ones make up for the errors of earlier ones; the head's to nearest",
             preserves: Preserves::Lossy,
             accepts: (Stage::Annotated, Stage::Annotated),
             calibrates: true,
@@ -59,7 +60,11 @@ impl Pass for Gptq {
         check_annotations(unit)?;
         let name = self.call().to_string();
         let mut work = |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| layer::work(&o, unit, cx, run);
-        walk_layers(unit, cx, (&name, Stream::After), &mut work, &mut layer::insert)
+        walk_layers(unit, cx, (&name, Stream::After), &mut work, &mut layer::insert)?;
+        if let Some(head) = unit.module.find_func("head") {
+            unit.module.funcs[head.0 as usize] = round_to_nearest(&unit.module, unit.module.func(head))?;
+        }
+        Ok(())
     }
 }
 
@@ -81,11 +86,12 @@ impl GptqOptions {
     }
 }
 
-/// Refuses, before anything is computed, annotations that the pass does not round.
+/// Refuses, before anything is computed, annotations that the pass does not round. The weight of the head is rounded to
+/// nearest, so that any will do there.
 fn check_annotations(unit: &Unit) -> Result<(), Diag> {
     let m = &unit.module;
-    let layers = m.layers();
-    for (at, f) in m.funcs.iter().enumerate() {
+    let (layers, head) = (m.layers(), m.find_func("head"));
+    for (at, f) in m.funcs.iter().enumerate().filter(|(at, _)| head.is_none_or(|h| h.0 as usize != *at)) {
         let derived = f.weight_derived();
         let targets = match layers.iter().any(|l| l.0 as usize == at) {
             true => layer::targets(m, f),

@@ -164,7 +164,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     if stop.load(Ordering::Relaxed) {
         return Err(Failure::new(INTERRUPTED, "interrupted; run the same command again to go on"));
     }
-    write_files(&mut writer, args.emit, &model, &plan.module, &recipe)?;
+    write_files(&mut writer, fake.as_ref(), &model, &plan.module, &recipe)?;
     let pipeline = unit.module.history.clone();
     let manifest = finish(writer, args.emit, source, pipeline)?;
     summary.written = match args.emit {
@@ -216,18 +216,18 @@ fn source_bytes(model: &Model) -> u64 {
 
 fn write_files(
     writer: &mut ArtefactWriter<'_>,
-    emit: Emit,
+    fake: Option<&emit::Fake>,
     model: &Model,
     module: &Module,
     recipe: &str,
 ) -> Result<(), Failure> {
-    if emit == Emit::Packed {
+    if fake.is_none() {
         writer.file("model.qir", print(module).as_bytes())?;
     }
     writer.file("recipe.yaml", recipe.as_bytes())?;
     for f in &model.files {
-        let fake = (emit == Emit::Fake).then(|| emit::config(f)).flatten();
-        writer.file(&f.name, fake.as_deref().unwrap_or(&f.bytes))?;
+        let config = fake.and_then(|fake| fake.config(f));
+        writer.file(&f.name, config.as_deref().unwrap_or(&f.bytes))?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use qrmc_frontends::SideFile;
 use qrmc_ir::grid::{self, QParam};
-use qrmc_ir::{Data, Elem, Func, Module, Tensor, TensorType, ValueId, pack};
+use qrmc_ir::{Data, Elem, Func, Module, Op, Tensor, TensorType, ValueId, pack};
 use qrmc_lowering::artefact::{ArtefactError, TensorPlan};
 use serde_json::Value;
 
@@ -18,10 +18,15 @@ pub(crate) fn is_fake(path: &Path) -> bool {
         && !path.join("model.qir").exists()
 }
 
+/// The head's matrix in an ordinary checkpoint.
+const HEAD: &str = "lm_head.weight";
+
 /// Turns the tensors of an artefact, in their order, into those of a checkpoint.
 pub(crate) struct Fake {
     /// What will be written, in order.
     pub(crate) tensors: Vec<TensorPlan>,
+    /// Whether the head has a matrix of its own where the source's shares the embedding.
+    untied: bool,
     next: usize,
     /// Parts of the tensor that comes next.
     parts: Vec<(TensorPlan, Vec<u8>)>,
@@ -43,9 +48,15 @@ impl Fake {
                     .hint("compile without --emit fake: the artefact keeps the whole graph"));
             }
         }
+        let parted = parted_head(packed, source);
         let mut tensors = Vec::new();
         for w in packed.weights() {
             if [".scale", ".zero"].iter().any(|s| w.name.ends_with(s)) {
+                continue;
+            }
+            if let Some((_, table)) = parted.filter(|(name, _)| *name == w.name) {
+                let ty = TensorType { elem: Elem::BF16, shape: table.shape.clone() };
+                tensors.push(TensorPlan { name: HEAD.to_owned(), ty });
                 continue;
             }
             let name = w.name.strip_suffix(".codes").unwrap_or(&w.name);
@@ -59,7 +70,26 @@ impl Fake {
             let shape = source.weight(original).ty.shape.clone();
             tensors.push(TensorPlan { name: name.to_owned(), ty: TensorType { elem: Elem::BF16, shape } });
         }
-        Ok(Fake { tensors, next: 0, parts: Vec::new() })
+        Ok(Fake { tensors, untied: parted.is_some(), next: 0, parts: Vec::new() })
+    }
+
+    /// `config.json` as the tensors are: of type bf16 and, where the head was parted from the embedding, not tied.
+    /// `None` for a file that stays as it is.
+    pub(crate) fn config(&self, f: &SideFile) -> Option<Vec<u8>> {
+        if f.name != "config.json" {
+            return None;
+        }
+        let mut v: Value = serde_json::from_slice(&f.bytes).ok()?;
+        let o = v.as_object_mut()?;
+        // transformers 5 writes `dtype`, earlier ones `torch_dtype`; whichever is there is set.
+        let key = if o.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+        o.insert(key.into(), Value::String("bfloat16".into()));
+        if self.untied {
+            o.insert("tie_word_embeddings".into(), Value::Bool(false));
+        }
+        let mut text = serde_json::to_vec_pretty(&v).ok()?;
+        text.push(b'\n');
+        Some(text)
     }
 
     /// Takes the next tensor of the artefact; gives the next of the checkpoint when all its parts are there.
@@ -83,6 +113,27 @@ impl Fake {
         self.next += 1;
         Ok(Some((plan, bytes)))
     }
+}
+
+/// The weight of `packed`, by its stored name, that its head multiplies by in the place of the table that the embedding
+/// of `source` gathers from, and that table's type. `None` where both ends still share it, or never did.
+fn parted_head<'m>(packed: &'m Module, source: &'m Module) -> Option<(&'m str, &'m TensorType)> {
+    let table = matrix(source, "head")?;
+    let tied = table.0 == matrix(source, "embed")?.0;
+    let head = matrix(packed, "head")?.0;
+    (tied && head != table.0).then_some((head, table.1))
+}
+
+/// Name and type of the weight that a function gathers rows from or multiplies by.
+fn matrix<'m>(module: &'m Module, func: &str) -> Option<(&'m str, &'m TensorType)> {
+    let f = module.func(module.find_func(func)?);
+    let behind = |n: &qrmc_ir::Node| match n.op {
+        Op::Gather => f.weight_behind(n.ins[0]),
+        Op::MatMul { .. } => f.weight_behind(n.ins[1]),
+        _ => None,
+    };
+    let weight = module.weight(f.nodes.iter().find_map(behind)?);
+    Some((&weight.name, &weight.ty))
 }
 
 /// The operations that stay online, in the order in which the results need them, with weight-derived operands as holes
@@ -149,19 +200,4 @@ fn values(parts: &[(TensorPlan, Vec<u8>)]) -> Result<Tensor, String> {
         grid::dequantize(byte(&first, i), QParam { scale: scale[i / run], zero })
     };
     Ok(Tensor::f32(first.shape(), (0..first.len()).map(value).collect()))
-}
-
-/// `config.json` with the type of the weights set to bf16; `None` for a file that stays as it is.
-pub(crate) fn config(f: &SideFile) -> Option<Vec<u8>> {
-    if f.name != "config.json" {
-        return None;
-    }
-    let mut v: Value = serde_json::from_slice(&f.bytes).ok()?;
-    let o = v.as_object_mut()?;
-    // transformers 5 writes `dtype`, earlier ones `torch_dtype`; whichever is there is set.
-    let key = if o.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-    o.insert(key.into(), Value::String("bfloat16".into()));
-    let mut text = serde_json::to_vec_pretty(&v).ok()?;
-    text.push(b'\n');
-    Some(text)
 }

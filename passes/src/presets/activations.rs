@@ -103,6 +103,8 @@ options! {
         alpha: f64 = 0.85,
         /// bits of a weight
         w: Width = Width(8),
+        /// bits of the head's weight, rounded to nearest; its input stays float
+        head: Width = Width(16),
         /// bits of the input of a linear layer
         a: Width = Width(8),
         /// bits of cached keys and values
@@ -118,8 +120,10 @@ options! {
 fn rows(annotate: AnnotateOptions) -> Vec<Call> {
     let annotate = AnnotateOptions { group: Group::Row, sym: true, rule: Rule::Mse, ..annotate };
     let mut calls = vec![call("annotate", annotate.write())];
-    if annotate.w.quantized().is_some() {
-        calls.push(call("gptq", vec![]));
+    match (annotate.w.quantized(), annotate.head.quantized()) {
+        (Some(_), _) => calls.push(call("gptq", vec![])),
+        (None, Some(_)) => calls.push(call("rtn", RtnOptions {}.write())),
+        (None, None) => {}
     }
     calls
 }
@@ -129,6 +133,7 @@ impl SmoothquantPreset {
         let smooth = SmoothOptions { alpha: self.alpha, skip: self.skip.clone() };
         let annotate = AnnotateOptions {
             w: self.w,
+            head: self.head,
             a: self.a,
             kv: self.kv,
             tp: self.tp,
@@ -146,6 +151,8 @@ options! {
     struct QuarotPreset {
         /// bits of a weight
         w: Width = Width(4),
+        /// bits of the head's weight, rounded to nearest; its input stays float
+        head: Width = Width(16),
         /// bits of the input of a linear layer
         a: Width = Width(4),
         /// bits of cached keys and values
@@ -168,6 +175,7 @@ impl QuarotPreset {
         let rotate = RotateOptions { seed: self.seed, tp: self.tp, ..RotateOptions::default() };
         let annotate = AnnotateOptions {
             w: self.w,
+            head: self.head,
             a: self.a,
             a_clip: self.a_clip,
             kv: self.kv,
@@ -187,6 +195,8 @@ options! {
     struct FlatquantPreset {
         /// bits of a weight
         w: Width = Width(4),
+        /// bits of the head's weight, rounded to nearest; its input stays float
+        head: Width = Width(16),
         /// bits of the input of a linear layer
         a: Width = Width(4),
         /// bits of cached keys and values
@@ -229,6 +239,7 @@ impl FlatquantPreset {
         };
         let annotate = AnnotateOptions {
             w: self.w,
+            head: self.head,
             group: Group::Row,
             sym: true,
             a: self.a,
@@ -238,7 +249,7 @@ impl FlatquantPreset {
             ..AnnotateOptions::default()
         };
         let mut calls = vec![call("affine", affine.write()), call("annotate", annotate.write())];
-        if self.w.quantized().is_some() {
+        if self.w.quantized().or(self.head.quantized()).is_some() {
             calls.push(call("rtn", RtnOptions {}.write()));
         }
         calls

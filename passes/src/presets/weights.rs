@@ -25,6 +25,8 @@ options! {
         mse: bool = false,
         /// type in which scales are stored
         scale: ScaleType = ScaleType::F32,
+        /// bits of the head's weight, rounded to nearest; its input stays float
+        head: Width = Width(16),
         /// bits of the input of a linear layer
         a: Width = Width(16),
         /// bits of cached keys and values
@@ -44,6 +46,7 @@ impl RtnPreset {
             sym: self.sym,
             rule: if self.mse { Rule::Mse } else { Rule::MinMax },
             scale: self.scale,
+            head: self.head,
             a: self.a,
             kv: self.kv,
             tp: self.tp,
@@ -51,7 +54,7 @@ impl RtnPreset {
             ..AnnotateOptions::default()
         };
         let mut calls = vec![call("annotate", annotate.write())];
-        if self.bits.quantized().is_some() {
+        if self.bits.quantized().or(self.head.quantized()).is_some() {
             calls.push(call("rtn", RtnOptions {}.write()));
         }
         calls
@@ -73,6 +76,8 @@ options! {
         clips: bool = true,
         /// type in which scales are stored
         scale: ScaleType = ScaleType::F32,
+        /// bits of the head's weight, rounded to nearest; its input stays float
+        head: Width = Width(16),
         /// ranks of tensor parallelism
         tp: u32 = 1,
         /// layers and linear layers that stay as they are
@@ -100,6 +105,7 @@ impl AwqPreset {
             sym: self.sym,
             rule: Rule::Awq,
             scale: self.scale,
+            head: self.head,
             tp: self.tp,
             skip: self.skip.clone(),
             ..AnnotateOptions::default()
@@ -130,6 +136,8 @@ options! {
         damp: f64 = 0.01,
         /// type in which scales are stored
         scale: ScaleType = ScaleType::F32,
+        /// bits of the head's weight, rounded to nearest; its input stays float
+        head: Width = Width(16),
         /// ranks of tensor parallelism
         tp: u32 = 1,
         /// layers and linear layers that stay as they are
@@ -145,6 +153,7 @@ impl GptqPreset {
             sym: self.sym,
             rule: if self.mse { Rule::Mse } else { Rule::MinMax },
             scale: self.scale,
+            head: self.head,
             tp: self.tp,
             skip: self.skip.clone(),
             ..AnnotateOptions::default()
