@@ -36,17 +36,18 @@ fn golden_ends() {
     }
 }
 
-/// Every value of a matrix `[.., n]` on the asymmetric grid of its group, in `f64`.
+/// Every value of a matrix `[.., n]` on the asymmetric grid of its group. Scales and quotients are `f32`, so that a weight
+/// halfway between two codes falls to the same side; the rest is `f64`.
 fn on_grid(w: &Tensor, group: usize, bits: u32) -> Tensor {
-    let most = f64::from((1u32 << bits) - 1);
+    let most = (1u32 << bits) - 1;
     let mut out = Vec::new();
     for g in w.as_f32().unwrap().chunks(group) {
         let low = g.iter().fold(0.0f32, |a, &x| a.min(x));
         let high = g.iter().fold(0.0f32, |a, &x| a.max(x));
-        let scale = f64::from(high - low) / most;
-        let zero = (f64::from(-low) / scale).round_ties_even();
-        let code = |x: f32| ((f64::from(x) / scale).round_ties_even() + zero).clamp(0.0, most);
-        out.extend(g.iter().map(|&x| ((code(x) - zero) * scale) as f32));
+        let scale = (high - low) / most as f32;
+        let zero = f64::from((-low / scale).round_ties_even());
+        let code = |x: f32| (f64::from((x / scale).round_ties_even()) + zero).clamp(0.0, f64::from(most));
+        out.extend(g.iter().map(|&x| ((code(x) - zero) * f64::from(scale)) as f32));
     }
     Tensor::f32(w.shape(), out)
 }
@@ -153,6 +154,7 @@ fn a_head_that_was_untied_keeps_its_name() {
     let names: Vec<&str> =
         v["tensors"].as_array().unwrap().iter().map(|t| t["name"].as_str().unwrap()).collect();
     assert_eq!(names.iter().filter(|n| **n == "lm_head.weight").count(), 1, "{names:?}");
+    std::fs::remove_dir_all(m.dir.path().join("out")).unwrap();
     let s = m.compile(&["--pass", "rtn:bits=4,group=32,head=4"]);
     assert_eq!(s.code, 0, "{}", s.err);
     let said = ok(m.dir.path(), &["inspect", "out"]);
