@@ -1,7 +1,15 @@
 //! Kernels held against the reference interpreter, step by step on the same operands.
 
-use qrmc_ir::{Data, EngineError, Module, RawWeight, Tensor, WeightError, WeightSource, interp};
+use std::collections::HashSet;
+
+use qrmc_ir::{
+    Data, Dim, EngineError, Module, RawWeight, Tensor, TensorType, WeightDecl, WeightError, WeightSource,
+    interp, structural_hash,
+};
 use qrmc_lowering::{Kernel, Step};
+
+use crate::engine::{CpuEngine, Input, Loaded, Watch};
+use crate::session::{last_row, layer_caches};
 
 /// How far a float result may be from the reference, relative to the largest magnitude of the result.
 pub const BOUND: f64 = 2e-5;
@@ -21,9 +29,65 @@ pub struct KindParity {
     pub gap: f64,
 }
 
-/// Kernels against the reference, by kind.
+impl KindParity {
+    fn holds(&self) -> bool {
+        self.unequal == 0 && self.gap <= BOUND
+    }
+}
+
+/// Kernels against the reference.
 #[derive(Clone, PartialEq, Debug, Default)]
-pub struct Parity(pub Vec<KindParity>);
+pub struct Parity {
+    /// By kind, in the order in which they first ran.
+    pub kinds: Vec<KindParity>,
+    /// Steps that were not compared for the size of their operands.
+    pub left_out: u64,
+}
+
+/// How much of a model is compared.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// Steps with more elements in an operand are left out: the reference takes some forty bytes of memory for each.
+    pub elements: u64,
+    /// Whether layers of the same structure as one before are run.
+    pub every_layer: bool,
+}
+
+impl Extent {
+    /// Everything.
+    pub const ALL: Extent = Extent { elements: u64::MAX, every_layer: true };
+
+    /// What takes seconds: everything of a small model, one layer of each structure and no large matrices of a large one.
+    pub fn quick(module: &Module) -> Self {
+        let elements =
+            |w: &WeightDecl| w.ty.shape.as_fixed().map_or(0, |s| s.iter().product::<usize>() as u64);
+        let all: u64 = module.weights().iter().map(elements).sum();
+        Extent { elements: 1 << 22, every_layer: all <= 1 << 28 }
+    }
+}
+
+/// Compares the steps of a run.
+struct Comparing<'a> {
+    module: &'a Module,
+    /// Most elements of an operand.
+    limit: u64,
+    parity: &'a mut Parity,
+}
+
+impl Watch for Comparing<'_> {
+    fn wants(&mut self, step: &Step) -> bool {
+        let elements = |ty: &TensorType| {
+            ty.shape.0.iter().map(|d| if let Dim::Fixed(n) = d { *n } else { 1 }).product::<u64>()
+        };
+        let wanted = step.ins.iter().all(|(_, ty)| elements(ty) <= self.limit);
+        self.parity.left_out += u64::from(!wanted);
+        wanted
+    }
+
+    fn see(&mut self, step: &Step, ins: &[Tensor], outs: &[Tensor]) -> Result<(), EngineError> {
+        self.parity.compare(self.module, step, ins, outs)
+    }
+}
 
 struct NoWeights;
 
@@ -34,9 +98,67 @@ impl WeightSource for NoWeights {
 }
 
 impl Parity {
+    /// Runs `tokens` arbitrary tokens through a decoder and then two more, each alone, and compares the steps. One function is
+    /// in memory at a time.
+    ///
+    /// # Errors
+    /// If the module is no decoder, or what the engine says.
+    pub fn of_model(
+        engine: &CpuEngine,
+        module: &Module,
+        weights: &dyn WeightSource,
+        tokens: usize,
+        seed: u64,
+        extent: Extent,
+    ) -> Result<Self, EngineError> {
+        let mut parity = Parity::default();
+        let load = |name: &str| match module.find_func(name) {
+            Some(f) => engine.load(module, module.func(f), weights),
+            None => Err(EngineError::System(format!("the model has no @{name}, so it is no decoder"))),
+        };
+        let mut run = |f: &Loaded, args: &mut [Input<'_>]| {
+            let mut watch = Comparing { module, limit: extent.elements, parity: &mut parity };
+            Ok::<Tensor, EngineError>(f.run_watched(args, &mut watch)?.remove(0))
+        };
+        let mut random = ids(module.facts.vocab, seed);
+        let embed = load("embed")?;
+        let mut streams = Vec::new();
+        for n in [tokens, 1, 1] {
+            let ids = Tensor::i32([1, n], random.by_ref().take(n).collect());
+            streams.push(run(&embed, &mut [Input::Tensor(&ids)])?);
+        }
+        drop(embed);
+        let width = (module.facts.kv_heads * module.facts.head_dim) as usize;
+        let mut seen = HashSet::new();
+        for f in module.layers() {
+            if !seen.insert(structural_hash(module, module.func(f))) && !extent.every_layer {
+                continue;
+            }
+            let layer = engine.load(module, module.func(f), weights)?;
+            let (mut k, mut v) = layer_caches(&layer, 1, tokens + 2, width);
+            for x in &mut streams {
+                let (past, seq) = (k.len(), x.shape()[1]);
+                let pos = Tensor::i32([seq], (past..past + seq).map(|p| p as i32).collect());
+                let mut args =
+                    [Input::Tensor(x), Input::Tensor(&pos), Input::Cache(&mut k), Input::Cache(&mut v)];
+                *x = run(&layer, &mut args)?;
+            }
+        }
+        let head = load("head")?;
+        for x in &streams {
+            run(&head, &mut [Input::Tensor(&last_row(x))])?;
+        }
+        Ok(parity)
+    }
+
+    /// Names of the kernels that do not do what the reference does.
+    pub fn broken(&self) -> Vec<&str> {
+        self.kinds.iter().filter(|k| !k.holds()).map(|k| k.kernel.as_str()).collect()
+    }
+
     /// Whether all integers are equal and all floats within [`BOUND`].
     pub fn holds(&self) -> bool {
-        self.0.iter().all(|k| k.unequal == 0 && k.gap <= BOUND)
+        self.kinds.iter().all(KindParity::holds)
     }
 
     /// Computes what the step means from its operands, and compares its results.
@@ -55,11 +177,11 @@ impl Parity {
         let name = step.kernel.to_string();
         let name =
             name.split(" {").next().unwrap_or_default().split(" (").next().unwrap_or_default().to_owned();
-        let at = self.0.iter().position(|k| k.kernel == name).unwrap_or_else(|| {
-            self.0.push(KindParity { kernel: name, ..KindParity::default() });
-            self.0.len() - 1
+        let at = self.kinds.iter().position(|k| k.kernel == name).unwrap_or_else(|| {
+            self.kinds.push(KindParity { kernel: name, ..KindParity::default() });
+            self.kinds.len() - 1
         });
-        let kind = &mut self.0[at];
+        let kind = &mut self.kinds[at];
         kind.steps += 1;
         for (got, want) in outs.iter().zip(&want) {
             let exact = matches!(step.kernel, Kernel::Quantize(..)) || got.as_f32().is_none();
@@ -85,6 +207,17 @@ impl Parity {
         }
         Ok(())
     }
+}
+
+/// Arbitrary token ids that depend on the seed alone.
+fn ids(vocab: u64, seed: u64) -> impl Iterator<Item = i32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    std::iter::repeat_with(move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % vocab.max(1)) as i32
+    })
 }
 
 fn differing<T: PartialEq>(a: impl IntoIterator<Item = T>, b: impl IntoIterator<Item = T>) -> u64 {

@@ -2,7 +2,7 @@
 
 use qrmc_ir::{EngineError, ModelFacts, Module, Prepared, Tensor, WeightSource};
 
-use crate::engine::{CpuEngine, Input, KvCache, Loaded, Watch};
+use crate::engine::{CpuEngine, Input, KvCache, Loaded};
 
 /// Positions that prefill runs at once, and rows of logits that exist at once.
 const CHUNK: usize = 512;
@@ -110,10 +110,7 @@ impl Session {
     /// Empty caches with room for `capacity` positions of `batch` sequences.
     pub fn caches(&self, batch: usize, capacity: usize) -> Caches {
         let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
-        let new = |layer: &Loaded, param: u32| {
-            KvCache::new(batch, capacity, width, layer.program().cache(param).flatten())
-        };
-        Caches(self.layers.iter().map(|l| (new(l, KEYS), new(l, VALUES))).collect())
+        Caches(self.layers.iter().map(|l| layer_caches(l, batch, capacity, width)).collect())
     }
 
     /// The residual stream behind the last layer, `[B, S, hidden]`, for token ids `[B, S]` that follow what the caches
@@ -130,28 +127,6 @@ impl Session {
             x = layer.run_inputs(&mut args)?.remove(0);
         }
         Ok(x)
-    }
-
-    /// Runs token ids `[B, S]` through all functions and into the caches as [`Session::stream`] and [`Session::logits`] do,
-    /// with an eye on every step; logits are those behind the last position.
-    ///
-    /// # Errors
-    /// As [`Session::stream`], and what `watch` says.
-    pub fn watched(
-        &self,
-        ids: &Tensor,
-        caches: &mut Caches,
-        watch: &mut Watch<'_>,
-    ) -> Result<Tensor, EngineError> {
-        let (past, seq) = (caches.len(), ids.shape()[1]);
-        let pos = Tensor::i32([seq], (past..past + seq).map(|p| p as i32).collect());
-        let mut x = self.embed.run_watched(&mut [Input::Tensor(ids)], watch)?.remove(0);
-        for (layer, (k, v)) in self.layers.iter().zip(&mut caches.0) {
-            let mut args = [Input::Tensor(&x), Input::Tensor(&pos), Input::Cache(k), Input::Cache(v)];
-            x = layer.run_watched(&mut args, watch)?.remove(0);
-        }
-        let last = last_row(&x);
-        Ok(self.head.run_watched(&mut [Input::Tensor(&last)], watch)?.remove(0))
     }
 
     /// Logits `[B, S, vocab]` of a residual stream.
@@ -177,8 +152,19 @@ impl Session {
     }
 }
 
+/// Empty caches of a layer, for keys and for values of `width` elements.
+pub(crate) fn layer_caches(
+    layer: &Loaded,
+    batch: usize,
+    capacity: usize,
+    width: usize,
+) -> (KvCache, KvCache) {
+    let new = |param: u32| KvCache::new(batch, capacity, width, layer.program().cache(param).flatten());
+    (new(KEYS), new(VALUES))
+}
+
 /// The last row of a stream `[1, S, n]`.
-fn last_row(stream: &Tensor) -> Tensor {
+pub(crate) fn last_row(stream: &Tensor) -> Tensor {
     let n = stream.shape()[2];
     let rows = stream.as_f32().unwrap_or(&[]);
     Tensor::f32([1, 1, n], rows[rows.len() - n..].to_vec())

@@ -14,10 +14,11 @@ use qrmc_passes::{
 };
 
 use qrmc_runtime::engine::CpuEngine;
+use qrmc_runtime::parity::{Extent, Parity};
 
 use super::recipe::Settings;
 use super::summary::Summary;
-use super::{emit, plan};
+use super::{check, emit, plan};
 use crate::calib;
 use crate::cli::{CompileArgs, Emit};
 use crate::fail::{FAILURE, Failure, GATE, INTERRUPTED};
@@ -30,6 +31,8 @@ use crate::ui::Ui;
 /// add in another order.
 const CHECK_TOKENS: usize = 32;
 const WRITTEN_WITHIN: f64 = 1e-4;
+/// Tokens at once of the comparison of kernels with the interpreter.
+const PARITY_TOKENS: usize = 4;
 
 /// Shows progress, keeps losses and events.
 struct Reporter<'a> {
@@ -140,6 +143,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         text,
         fake: args.emit == Emit::Fake,
         written: None,
+        parity: None,
     };
     let mut fake = match args.emit {
         Emit::Packed => None,
@@ -171,6 +175,21 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         Emit::Packed if settings.check => written_gap(&output, &unit, &engine, &settings, &summary.reports)?,
         _ => None,
     };
+    if args.emit == Emit::Packed && settings.check {
+        let artefact = model::open(&output.folder(), &engine)?;
+        let parity = Parity::of_model(
+            &engine,
+            &artefact.module,
+            &*artefact.weights,
+            PARITY_TOKENS,
+            settings.seed,
+            Extent::quick(&artefact.module),
+        )?;
+        if !parity.holds() {
+            return Err(check::broken(&parity));
+        }
+        summary.parity = Some(parity);
+    }
     output.publish()?;
     summary.time = start.elapsed();
     summary.peak = watch.peak();

@@ -5,8 +5,10 @@ use std::time::Duration;
 use qrmc_lowering::artefact::Manifest;
 use qrmc_lowering::materialize::TensorLoss;
 use qrmc_passes::{Event, Gap, LayerLoss, PassReport, Preserves};
+use qrmc_runtime::parity::Parity;
 use serde_json::{Value, json};
 
+use super::check;
 use crate::calib;
 use crate::memory::show_bytes;
 use crate::ui::{Ui, table};
@@ -31,6 +33,8 @@ pub(crate) struct Summary {
     pub(crate) fake: bool,
     /// How far the artefact is from the compiled graph, if that was measured.
     pub(crate) written: Option<Gap>,
+    /// Kernels against the reference, if they were compared.
+    pub(crate) parity: Option<Parity>,
 }
 
 /// Stored bits of the quantized weights, and how many weights that are.
@@ -90,6 +94,7 @@ impl Summary {
                 .collect::<Vec<_>>(),
             "calibration": self.text.as_ref().map(calib::Report::json),
             "artefact_gap": self.written.map(|g| g.relative),
+            "parity": self.parity.as_ref().map(check::parity_json),
             "gflops": self.rate(),
             "seconds": self.time.as_secs_f64(),
             "peak_bytes": self.peak,
@@ -161,6 +166,17 @@ impl Summary {
                 String::new(),
                 format!("logits within {:.1e} of the graph", g.relative),
             ]);
+        }
+        if let Some(p) = &self.parity {
+            let steps: u64 = p.kinds.iter().map(|k| k.steps).sum();
+            let gap = p.kinds.iter().map(|k| k.gap).fold(0.0, f64::max);
+            let rest = match p.left_out {
+                0 => String::new(),
+                n => format!("; {n} large ones not compared, see `qrmc check --parity`"),
+            };
+            let text =
+                format!("{steps} steps: equal integers, floats within {gap:.1e} of the interpreter{rest}");
+            rows.push(vec!["kernels".into(), String::new(), text]);
         }
         ui.out(&table(&["pass", "time", "kept"], &rows));
         ui.out("");

@@ -135,12 +135,21 @@ fn bind(loaded: &Loaded, args: &[Input<'_>]) -> Result<DimEnv, EngineError> {
 }
 
 /// Gets each step with its operands before it and its results behind it; caches are shown as what their readers see.
-pub type Watch<'w> = dyn FnMut(&Step, &[Tensor], &[Tensor]) -> Result<(), EngineError> + Send + 'w;
+pub trait Watch {
+    /// Whether this step is to be shown: then its operands are copied.
+    fn wants(&mut self, step: &Step) -> bool;
+
+    /// A step that was wanted.
+    ///
+    /// # Errors
+    /// What the run is to end with.
+    fn see(&mut self, step: &Step, ins: &[Tensor], outs: &[Tensor]) -> Result<(), EngineError>;
+}
 
 pub(super) fn run(
     loaded: &Loaded,
     args: &mut [Input<'_>],
-    mut watch: Option<&mut Watch<'_>>,
+    mut watch: Option<&mut dyn Watch>,
 ) -> Result<Vec<Tensor>, EngineError> {
     let dims = bind(loaded, args)?;
     let program = &loaded.program;
@@ -159,16 +168,15 @@ pub(super) fn run(
                 *len = 0;
             }
         }
-        match &mut watch {
-            None => state.step(step)?,
-            Some(watch) => {
-                let ins: Vec<Tensor> = state.seen(step, step.ins.iter())?;
-                state.step(step)?;
-                let outs: Vec<(Arg, TensorType)> =
-                    step.outs.iter().map(|(b, ty)| (Arg::Buffer(*b), ty.clone())).collect();
-                watch(step, &ins, &state.seen(step, outs.iter())?)?;
-            }
-        }
+        let Some(watch) = watch.as_mut().and_then(|w| if w.wants(step) { Some(w) } else { None }) else {
+            state.step(step)?;
+            continue;
+        };
+        let ins: Vec<Tensor> = state.seen(step, step.ins.iter())?;
+        state.step(step)?;
+        let outs: Vec<(Arg, TensorType)> =
+            step.outs.iter().map(|(b, ty)| (Arg::Buffer(*b), ty.clone())).collect();
+        watch.see(step, &ins, &state.seen(step, outs.iter())?)?;
     }
     let results = program.results.iter().enumerate();
     let last_use = |i: usize, a: Arg| !program.results[i + 1..].iter().any(|(b, _)| *b == a);

@@ -280,7 +280,7 @@ impl Loaded {
     pub fn run_watched(
         &self,
         args: &mut [Input<'_>],
-        watch: &mut Watch<'_>,
+        watch: &mut dyn Watch,
     ) -> Result<Vec<Tensor>, EngineError> {
         exec::run(self, args, Some(watch))
     }

@@ -150,7 +150,7 @@ proptest! {
             prop_assert_eq!(kernels.iter().any(|k| k.starts_with("quantize")), case.act.is_some());
             prop_assert_eq!(kernels.last().map(String::as_str), Some("linear"));
             let mut parity = Parity::default();
-            let mut watch = |s: &Step, i: &[Tensor], o: &[Tensor]| parity.compare(&module, s, i, o);
+            let mut watch = Comparing { module: &module, limit: u64::MAX, parity: &mut parity };
             let out = loaded.run_watched(&mut [Input::Tensor(&x)], &mut watch).unwrap();
             prop_assert!(parity.holds(), "{case:?}: {parity:?}");
             let now: Vec<Vec<u32>> =
