@@ -46,10 +46,10 @@ impl Elem {
     pub fn find_non_finite(self, bytes: &[u8]) -> Option<usize> {
         // Infinity and NaN have all exponent bits set.
         match self {
-            Elem::F16 => bytes.chunks_exact(2).position(|b| b[1] & 0x7C == 0x7C),
-            Elem::BF16 => bytes.chunks_exact(2).position(|b| b[1] & 0x7F == 0x7F && b[0] & 0x80 != 0),
-            Elem::F32 => bytes.chunks_exact(4).position(|b| b[3] & 0x7F == 0x7F && b[2] & 0x80 != 0),
-            Elem::F64 => bytes.chunks_exact(8).position(|b| b[7] & 0x7F == 0x7F && b[6] & 0xF0 == 0xF0),
+            Elem::F16 => find(bytes, |b| u16::from_le_bytes(*b) & 0x7C00 == 0x7C00),
+            Elem::BF16 => find(bytes, |b| u16::from_le_bytes(*b) & 0x7F80 == 0x7F80),
+            Elem::F32 => find(bytes, |b| u32::from_le_bytes(*b) & 0x7F80_0000 == 0x7F80_0000),
+            Elem::F64 => find(bytes, |b| u64::from_le_bytes(*b) & (0x7FF << 52) == 0x7FF << 52),
             Elem::I8 | Elem::U8 | Elem::I32 | Elem::Quant(_) => None,
         }
     }
@@ -58,6 +58,14 @@ impl Elem {
     pub fn row_bytes(self, cols: usize) -> usize {
         (self.bits() * cols).div_ceil(8)
     }
+}
+
+/// The first element of `N` bytes that is bad. Blocks are looked through without a branch first.
+fn find<const N: usize>(bytes: &[u8], bad: impl Fn(&[u8; N]) -> bool) -> Option<usize> {
+    const BLOCK: usize = 1024;
+    let all = bytes.as_chunks::<N>().0;
+    let block = all.chunks(BLOCK).position(|block| block.iter().fold(false, |any, e| any | bad(e)))?;
+    all[block * BLOCK..].iter().position(bad).map(|at| block * BLOCK + at)
 }
 
 impl fmt::Display for Elem {

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use bytes::Bytes;
+
 use crate::tensor::Tensor;
 use crate::types::{Elem, TensorType};
 
@@ -41,6 +43,16 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// If the name is unknown or the bytes cannot be read.
     fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError>;
+
+    /// The same bytes in memory that outlives the borrow, such as a mapped file; `None` where the source has no such memory,
+    /// and [`WeightSource::raw`] is to be copied.
+    ///
+    /// # Errors
+    /// As [`WeightSource::raw`].
+    fn shared(&self, name: &str) -> Result<Option<Bytes>, WeightError> {
+        let _ = name;
+        Ok(None)
+    }
 
     /// The weight as a host tensor: floats widened to `f32`, one code an element.
     ///

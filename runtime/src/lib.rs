@@ -6,6 +6,7 @@ pub mod cpu;
 pub mod engine;
 pub mod eval;
 pub mod generate;
+pub mod layout;
 pub mod parity;
 pub mod sample;
 pub mod session;

@@ -1,8 +1,11 @@
 //! A loaded model: prefill and decode with caches.
 
+use std::path::Path;
+
 use qrmc_ir::{EngineError, ModelFacts, Module, Prepared, Tensor, WeightSource};
 
-use crate::engine::{CpuEngine, Input, KvCache, Loaded};
+use crate::engine::{CpuEngine, Input, KvCache, Loaded, Source};
+use crate::layout::{Identity, Layouts};
 
 /// Positions that prefill runs at once, and rows of logits that exist at once.
 const CHUNK: usize = 512;
@@ -79,17 +82,56 @@ impl Session {
         module: &Module,
         weights: &dyn WeightSource,
     ) -> Result<Self, EngineError> {
-        let load = |name: &str| match module.find_func(name) {
-            Some(f) => engine.load(module, module.func(f), weights),
+        Self::from_source(engine, module, &mut Source::new(weights, None))
+    }
+
+    /// As [`Session::load`], with packed weights from a layout file, or into a new one.
+    ///
+    /// # Errors
+    /// As [`Session::load`]. What is wrong with the file is no error, but a note of the layouts.
+    pub fn load_with(
+        engine: &CpuEngine,
+        module: &Module,
+        weights: &dyn WeightSource,
+        layouts: &mut Layouts,
+    ) -> Result<Self, EngineError> {
+        let session = Self::from_source(engine, module, &mut Source::new(weights, Some(layouts)))?;
+        if layouts.finish() {
+            return Ok(session);
+        }
+        drop(session);
+        Self::load(engine, module, weights)
+    }
+
+    /// The layout file in the folder of an artefact, checked, or a new one in the making.
+    ///
+    /// # Errors
+    /// If a function of the decoder cannot run on this engine.
+    pub fn layouts(
+        engine: &CpuEngine,
+        module: &Module,
+        folder: &Path,
+        identity: &Identity<'_>,
+    ) -> Result<Layouts, EngineError> {
+        let ends = ["embed", "head"].into_iter().filter_map(|name| module.find_func(name));
+        let funcs: Vec<_> = ends.chain(module.layers()).collect();
+        let tiled = engine.tiled(module, &funcs)?;
+        Ok(engine.with_machine(|pool, _| Layouts::open(pool, folder, tiled, identity)))
+    }
+
+    fn from_source(
+        engine: &CpuEngine,
+        module: &Module,
+        source: &mut Source<'_>,
+    ) -> Result<Self, EngineError> {
+        let mut load = |name: &str| match module.find_func(name) {
+            Some(f) => engine.load_from(module, module.func(f), source),
             None => Err(EngineError::System(format!("the model has no @{name}, so it is no decoder"))),
         };
-        let layers = module.layers().into_iter().map(|f| engine.load(module, module.func(f), weights));
-        Ok(Session {
-            embed: load("embed")?,
-            layers: layers.collect::<Result<_, _>>()?,
-            head: load("head")?,
-            facts: module.facts.clone(),
-        })
+        let (embed, head) = (load("embed")?, load("head")?);
+        let layers = module.layers().into_iter().map(|f| engine.load_from(module, module.func(f), source));
+        let layers = layers.collect::<Result<_, _>>()?;
+        Ok(Session { embed, layers, head, facts: module.facts.clone() })
     }
 
     /// Facts about the model.

@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use bytes::Bytes;
 
 use super::dequant::GgmlType;
 use crate::ImportError;
@@ -76,7 +76,7 @@ pub struct GgufTensor {
 #[derive(Debug)]
 pub struct GgufFile {
     path: PathBuf,
-    map: Mmap,
+    map: Bytes,
     version: u32,
     meta: HashMap<String, Meta>,
     tensors: Vec<GgufTensor>,
@@ -141,6 +141,11 @@ impl GgufFile {
     /// The stored bytes of a tensor of this file.
     pub fn bytes(&self, tensor: &GgufTensor) -> &[u8] {
         &self.map[tensor.at.clone()]
+    }
+
+    /// As [`GgufFile::bytes`], in memory that outlives the borrow.
+    pub(super) fn shared(&self, tensor: &GgufTensor) -> Bytes {
+        self.map.slice(tensor.at.clone())
     }
 
     /// A metadata value.

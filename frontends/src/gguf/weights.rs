@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use bytes::Bytes;
 use qrmc_ir::{Elem, RawWeight, TensorType, WeightError, WeightSource};
 
 use super::config::{Arch, Model};
@@ -142,14 +143,30 @@ fn stored_row(row: usize, rows: usize, heads: usize) -> usize {
     head * width + 2 * (i % half) + i / half
 }
 
-impl WeightSource for GgufCheckpoint {
-    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
+impl GgufCheckpoint {
+    fn find(&self, name: &str) -> Result<&Named, WeightError> {
         let missing = || WeightError::new(name, format!("no such tensor in {}", self.file.path().display()));
-        let named = &self.order[*self.by_name.get(name).ok_or_else(missing)?];
+        Ok(&self.order[*self.by_name.get(name).ok_or_else(missing)?])
+    }
+
+    /// Whether the file holds the bytes of the Hugging Face tensor.
+    fn is_plain(&self, named: &Named) -> bool {
+        named.heads.is_none() && !self.tensor(named).ty.is_quantized()
+    }
+}
+
+impl WeightSource for GgufCheckpoint {
+    fn shared(&self, name: &str) -> Result<Option<Bytes>, WeightError> {
+        let named = self.find(name)?;
+        Ok(self.is_plain(named).then(|| self.file.shared(self.tensor(named))))
+    }
+
+    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
+        let named = self.find(name)?;
         let tensor = self.tensor(named);
         let stored = self.file.bytes(tensor);
         let ty = tensor_type(tensor);
-        if named.heads.is_none() && !tensor.ty.is_quantized() {
+        if self.is_plain(named) {
             return Ok(RawWeight { ty, bytes: Cow::Borrowed(stored) });
         }
         let rows = if named.heads.is_some() { tensor.shape[0] } else { 1 };

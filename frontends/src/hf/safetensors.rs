@@ -6,6 +6,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use memmap2::Mmap;
 use qrmc_ir::{Elem, RawWeight, TensorType, WeightError, WeightSource};
 use serde_json::Value;
@@ -22,7 +23,7 @@ const FETCH_AGAIN: &str = "the file is cut short or damaged: download it again";
 ///
 /// # Errors
 /// If it cannot be opened, is no regular file, or is shorter.
-pub(crate) fn map_file(path: &Path, min: u64) -> Result<Mmap, ImportError> {
+pub(crate) fn map_file(path: &Path, min: u64) -> Result<Bytes, ImportError> {
     let file = File::open(path).map_err(|e| ImportError::io(path, "open it", &e))?;
     let meta = file.metadata().map_err(|e| ImportError::io(path, "read its size", &e))?;
     if !meta.is_file() {
@@ -36,7 +37,7 @@ pub(crate) fn map_file(path: &Path, min: u64) -> Result<Mmap, ImportError> {
     // SAFETY: the map is read-only and private to this process's view. The contract of every reader
     // here is that a checkpoint is not changed while it is open; bytes are only ever read as `u8`.
     let map = unsafe { Mmap::map(&file) };
-    map.map_err(|e| ImportError::io(path, "map it", &e))
+    map.map(Bytes::from_owner).map_err(|e| ImportError::io(path, "map it", &e))
 }
 
 /// One tensor of a file: its type and its bytes, both checked.
@@ -51,7 +52,7 @@ struct Entry {
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
-    map: Mmap,
+    map: Bytes,
     entries: Vec<Entry>,
 }
 
@@ -296,16 +297,26 @@ impl SafetensorsFolder {
     }
 }
 
-impl WeightSource for SafetensorsFolder {
-    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
+impl SafetensorsFolder {
+    fn find(&self, name: &str) -> Result<(&SafetensorsFile, &Entry), WeightError> {
         let &at = self.by_name.get(name).ok_or_else(|| {
             let files: Vec<_> = self.files.iter().map(|f| f.path.display().to_string()).collect();
             WeightError::new(name, format!("no such tensor in {}", files.join(", ")))
         })?;
         let (f, e) = self.order[at];
-        let entry = &self.files[f].entries[e];
-        let bytes = Cow::Borrowed(&self.files[f].map[entry.bytes.clone()]);
-        Ok(RawWeight { ty: entry.ty.clone(), bytes })
+        Ok((&self.files[f], &self.files[f].entries[e]))
+    }
+}
+
+impl WeightSource for SafetensorsFolder {
+    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
+        let (file, entry) = self.find(name)?;
+        Ok(RawWeight { ty: entry.ty.clone(), bytes: Cow::Borrowed(&file.map[entry.bytes.clone()]) })
+    }
+
+    fn shared(&self, name: &str) -> Result<Option<Bytes>, WeightError> {
+        let (file, entry) = self.find(name)?;
+        Ok(Some(file.map.slice(entry.bytes.clone())))
     }
 }
 

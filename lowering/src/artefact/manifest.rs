@@ -48,3 +48,10 @@ pub struct Manifest {
     /// Every tensor, by name.
     pub tensors: BTreeMap<String, TensorInfo>,
 }
+
+impl Manifest {
+    /// What a tensor is: its type and its hash. `None` if there is none of this name.
+    pub fn identity(&self, tensor: &str) -> Option<String> {
+        self.tensors.get(tensor).map(|t| format!("{} {}", t.ty, t.hash))
+    }
+}

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytes::Bytes;
 use memmap2::Mmap;
 use qrmc_ir::{Module, RawWeight, TensorType, WeightError, WeightSource, parse, parse_type, verify};
 use serde_json::{Map, Value};
@@ -34,15 +36,17 @@ pub struct Artefact {
     /// The graph.
     pub module: Module,
     tensors: HashMap<String, Stored>,
-    maps: Vec<Mmap>,
+    maps: Vec<Bytes>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Stored {
     ty: TensorType,
     map: usize,
     from: usize,
     to: usize,
+    /// Whether its bytes were compared with the manifest's hash.
+    checked: AtomicBool,
 }
 
 impl Artefact {
@@ -52,6 +56,17 @@ impl Artefact {
     /// # Errors
     /// The first thing that is missing or altered, by name.
     pub fn open(path: &Path, spread: &Spread<'_>) -> Result<Self, ArtefactError> {
+        let a = Artefact::map(path)?;
+        a.check(spread, |_| true)?;
+        Ok(a)
+    }
+
+    /// As [`Artefact::open`], but the bytes of no tensor are looked at. A tensor is checked by [`Artefact::check`], or when
+    /// it is first asked for.
+    ///
+    /// # Errors
+    /// As [`Artefact::open`].
+    pub fn map(path: &Path) -> Result<Self, ArtefactError> {
         let text = read_text(&path.join("manifest.json"))?;
         let manifest_path = path.join("manifest.json");
         let manifest: Manifest = serde_json::from_str(&text).map_err(|e| {
@@ -87,17 +102,39 @@ impl Artefact {
             Artefact { path: path.to_owned(), manifest, module, tensors: HashMap::new(), maps: Vec::new() };
         a.map_tensors()?;
         a.check_declared()?;
-        let names: Vec<&String> = a.manifest.tensors.keys().collect();
-        spread(names.len(), &|i| {
-            let (name, info) = (names[i], &a.manifest.tensors[names[i]]);
-            let s = &a.tensors[name];
-            let hash = blake3::hash(&a.maps[s.map][s.from..s.to]);
-            if hash.to_hex().as_str() == info.hash {
-                return Ok(());
-            }
-            Err(altered(&a.path.join(&info.file), &format!("tensor `{name}`")))
-        })?;
         Ok(a)
+    }
+
+    /// Compares the tensors that `which` chooses with their hashes.
+    ///
+    /// # Errors
+    /// The first that was altered, by name.
+    pub fn check(&self, spread: &Spread<'_>, which: impl Fn(&str) -> bool) -> Result<(), ArtefactError> {
+        let mut names: Vec<&String> = self.manifest.tensors.keys().filter(|n| which(n)).collect();
+        // A long one at the end would leave all threads but one without work.
+        names.sort_by_key(|n| std::cmp::Reverse(self.manifest.tensors[*n].bytes));
+        spread(names.len(), &|i| self.check_tensor(names[i], &self.tensors[names[i]]))
+    }
+
+    fn check_tensor(&self, name: &str, s: &Stored) -> Result<(), ArtefactError> {
+        if s.checked.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let info = &self.manifest.tensors[name];
+        if blake3::hash(&self.maps[s.map][s.from..s.to]).to_hex().as_str() != info.hash {
+            return Err(altered(&self.path.join(&info.file), &format!("tensor `{name}`")));
+        }
+        s.checked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// A tensor whose bytes were checked, now or before.
+    fn tensor(&self, name: &str) -> Result<&Stored, WeightError> {
+        let Some(s) = self.tensors.get(name) else {
+            return Err(WeightError::new(name, format!("is not in {}", self.path.display())));
+        };
+        self.check_tensor(name, s).map_err(|e| WeightError::new(name, e.to_string()))?;
+        Ok(s)
     }
 
     fn map_tensors(&mut self) -> Result<(), ArtefactError> {
@@ -128,7 +165,7 @@ impl Artefact {
                     format!("tensor `{name}` has {} bytes, the manifest says {}", to - from, info.bytes);
                 return Err(ArtefactError::new(&path, what).hint("copy the folder again or compile again"));
             }
-            self.tensors.insert(name.clone(), Stored { ty, map, from, to });
+            self.tensors.insert(name.clone(), Stored { ty, map, from, to, checked: AtomicBool::new(false) });
         }
         Ok(())
     }
@@ -158,10 +195,13 @@ impl Artefact {
 
 impl WeightSource for Artefact {
     fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
-        let Some(s) = self.tensors.get(name) else {
-            return Err(WeightError::new(name, format!("is not in {}", self.path.display())));
-        };
+        let s = self.tensor(name)?;
         Ok(RawWeight { ty: s.ty.clone(), bytes: (&self.maps[s.map][s.from..s.to]).into() })
+    }
+
+    fn shared(&self, name: &str) -> Result<Option<Bytes>, WeightError> {
+        let s = self.tensor(name)?;
+        Ok(Some(self.maps[s.map].slice(s.from..s.to)))
     }
 }
 
@@ -194,11 +234,12 @@ fn altered(path: &Path, what: &str) -> ArtefactError {
 }
 
 #[allow(unsafe_code, reason = "files are mapped, not copied")]
-fn map_file(path: &Path) -> Result<Mmap, ArtefactError> {
+fn map_file(path: &Path) -> Result<Bytes, ArtefactError> {
     let file = File::open(path).map_err(|e| missing(path, &e))?;
     // SAFETY: the map is only read, and every byte is checked against the manifest's hash before it is used. A file
     // that another process shortens meanwhile ends the process with a signal, as documented in docs/artefact.md.
-    unsafe { Mmap::map(&file) }.map_err(|e| ArtefactError::io(path, "map", &e))
+    let map = unsafe { Mmap::map(&file) };
+    map.map(Bytes::from_owner).map_err(|e| ArtefactError::io(path, "map", &e))
 }
 
 /// Names and byte ranges of a safetensors file.

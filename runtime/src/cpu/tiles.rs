@@ -24,16 +24,20 @@ use plain::Plain;
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod build;
 mod digits;
+mod form;
 mod layout;
 mod path;
 mod plain;
+mod stored;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
 pub use digits::{Digits, Side};
+pub use form::Form;
 pub use layout::Tiles;
 pub use path::IntPath;
 

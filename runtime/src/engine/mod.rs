@@ -10,12 +10,13 @@ mod products;
 mod quantize;
 mod turns;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use qrmc_ir::linalg::MatView;
 use qrmc_ir::{
-    Engine, EngineError, Func, FuncId, Hash, Module, Op, Prepared, Tensor, WeightSource, structural_hash,
+    Engine, EngineError, Func, FuncId, Hash, Module, Op, Prepared, Tensor, TensorType, WeightId, WeightSource,
+    structural_hash,
 };
 use qrmc_lowering::{Cpu, Kernel, Program, lower_func, weight_order};
 
@@ -23,9 +24,11 @@ use qrmc_lowering::{Cpu, Kernel, Program, lower_func, weight_order};
 use crate::cpu::split::Amx;
 use crate::cpu::tiles::IntPath;
 use crate::cpu::{Isa, MatRef, Pool, Scratch};
+use crate::layout::Tiled;
 use consts::Constant;
 
 pub use cache::KvCache;
+pub use consts::Source;
 pub use exec::{Input, Watch};
 
 /// Fewer rows than this are not worth the packing for the matrix unit.
@@ -186,26 +189,35 @@ impl CpuEngine {
         func: &Func,
         weights: &dyn WeightSource,
     ) -> Result<Loaded, EngineError> {
+        self.load_from(module, func, &mut Source::new(weights, None))
+    }
+
+    /// As [`CpuEngine::load`], from a source that several functions share.
+    ///
+    /// # Errors
+    /// As [`Engine::prepare`].
+    pub fn load_from(
+        &self,
+        module: &Module,
+        func: &Func,
+        source: &mut Source<'_>,
+    ) -> Result<Loaded, EngineError> {
         let program = self.program(module, func)?;
-        // A program is shared by structure, so the names come from this function.
-        let order: Vec<&str> = weight_order(&qrmc_ir::prune(func))
-            .iter()
-            .map(|(w, _)| module.weight(*w).name.as_str())
-            .collect();
+        let func = qrmc_ir::prune(func);
+        let order = weights(module, &func);
         let mut calls = HashMap::new();
-        for step in &program.steps {
-            if let Kernel::Op(Op::Call(f)) = step.kernel
-                && let std::collections::hash_map::Entry::Vacant(e) = calls.entry(f)
-            {
-                e.insert(self.load(module, module.func(f), weights)?);
+        for f in called(&program) {
+            if let std::collections::hash_map::Entry::Vacant(e) = calls.entry(f) {
+                e.insert(self.load_from(module, module.func(f), source)?);
             }
         }
+        let pool = &self.machine.pool;
         let derived = match &program.init {
             None => Vec::new(),
             Some(init) => {
                 let init = Loaded {
                     machine: self.machine.clone(),
-                    consts: consts::load(init, &order, weights, &mut [])?,
+                    consts: consts::load(pool, init, &order, source, &mut [])?,
                     program: Arc::new((**init).clone()),
                     calls: HashMap::new(),
                 };
@@ -213,9 +225,43 @@ impl CpuEngine {
             }
         };
         let mut derived: Vec<Option<Tensor>> = derived.into_iter().map(Some).collect();
-        let consts = consts::load(&program, &order, weights, &mut derived)?;
+        let consts = consts::load(pool, &program, &order, source, &mut derived)?;
         Ok(Loaded { machine: self.machine.clone(), program, consts, calls })
     }
+
+    /// The weights that these functions keep in tiles, each once.
+    ///
+    /// # Errors
+    /// If a function cannot run on this engine.
+    pub fn tiled(&self, module: &Module, funcs: &[FuncId]) -> Result<Vec<Tiled>, EngineError> {
+        let (mut out, mut seen, mut known) = (Vec::new(), HashSet::new(), HashSet::new());
+        let mut todo: Vec<FuncId> = funcs.iter().rev().copied().collect();
+        while let Some(id) = todo.pop() {
+            if !seen.insert(id) {
+                continue;
+            }
+            let program = self.program(module, module.func(id))?;
+            let func = qrmc_ir::prune(module.func(id));
+            let order = weights(module, &func);
+            let consts = program.init.iter().flat_map(|p| &p.consts).chain(&program.consts);
+            let tiled = consts.filter_map(|(c, _)| consts::tiled(c, &order));
+            out.extend(tiled.filter(|t| known.insert(t.clone())));
+            todo.extend(called(&program));
+        }
+        Ok(out)
+    }
+}
+
+/// Names and types of the weights of a function, in the order in which programs number them. A program is shared by
+/// structure, so they come from the function.
+fn weights<'m>(module: &'m Module, pruned: &Func) -> Vec<(&'m str, &'m TensorType)> {
+    let weight = |w: WeightId| (module.weight(w).name.as_str(), &module.weight(w).ty);
+    weight_order(pruned).iter().map(|(w, _)| weight(*w)).collect()
+}
+
+/// Functions that a program calls.
+fn called(program: &Program) -> impl Iterator<Item = FuncId> {
+    program.steps.iter().filter_map(|s| if let Kernel::Op(Op::Call(f)) = s.kernel { Some(f) } else { None })
 }
 
 impl Engine for CpuEngine {

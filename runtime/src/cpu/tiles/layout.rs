@@ -1,9 +1,12 @@
 //! How the codes of a weight lie in memory.
 
-use super::{LANES, LINE, PIECE};
-use crate::cpu::weight::WeightView;
+use bytes::Bytes;
 
-/// A weight `[n, k]` in the order in which the kernels read it.
+use super::form::{Form, piece_bytes, planes, stored_lines};
+use super::stored::Stored;
+use super::{LANES, LINE, PIECE};
+
+/// A weight `[n, k]` in the order in which the kernels read it. Copies share their memory.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Tiles {
     pub(super) n: usize,
@@ -12,88 +15,63 @@ pub struct Tiles {
     /// Neighbours along a row that share a scale; divides `k`.
     pub(super) group: usize,
     /// By block of sixteen rows, group, and piece: see [`Tiles::piece`].
-    codes: Vec<u8>,
+    codes: Stored<u8>,
     /// By block, group and row; 0 for rows beyond the last.
-    scales: Vec<f32>,
+    scales: Stored<f32>,
     zeros: Zeros,
     /// `Σ s (c - z)` of each row, what an offset of the left side is multiplied by.
-    weighted: Vec<f32>,
+    weighted: Stored<f32>,
 }
 
 /// The zero points in terms of unsigned codes.
 #[derive(Clone, PartialEq, Debug)]
-enum Zeros {
+pub(super) enum Zeros {
     All(u8),
     /// By block, group and row.
-    Each(Vec<u8>),
-}
-
-/// Widths of the bit planes that codes are cut into, the lowest bits first.
-pub(super) fn planes(bits: u8) -> impl Iterator<Item = u8> {
-    let small = [4, 2, 1].into_iter().filter(move |p| bits < 8 && bits & p != 0);
-    (bits == 8).then_some(8).into_iter().chain(small)
-}
-
-/// Stored lines of a plane of `width` bits for this many lines of four codes a row.
-pub(super) fn stored_lines(lines: usize, width: u8) -> usize {
-    (lines * usize::from(width)).div_ceil(8)
-}
-
-fn piece_bytes(lines: usize, bits: u8) -> usize {
-    planes(bits).map(|p| stored_lines(lines, p) * LINE).sum()
+    Each(Stored<u8>),
 }
 
 impl Tiles {
-    /// Puts packed codes into this order; `None` if `w` holds floats.
-    ///
-    /// # Panics
-    /// If a length does not fit the shape.
-    pub fn new(w: &WeightView<'_>, n: usize, k: usize) -> Option<Self> {
-        w.check(n, k);
-        let WeightView::Packed { bits, signed, codes, group, scales, zeros } = *w else { return None };
-        let (blocks, groups) = (n.div_ceil(LANES), k / group);
-        let mut out = Tiles {
-            n,
-            k,
-            bits,
-            group,
-            codes: Vec::new(),
-            scales: vec![0.0; blocks * groups * LANES],
-            zeros: match zeros {
-                None => Zeros::All(if signed { 1 << (bits - 1) } else { 0 }),
-                Some(_) => Zeros::Each(vec![0; blocks * groups * LANES]),
-            },
-            weighted: vec![0.0; blocks * LANES],
-        };
-        out.codes = vec![0; blocks * out.block_bytes()];
-        let row_bytes = w.row_bytes(k);
-        let mut row = Vec::with_capacity(k);
-        for r in 0..n {
-            row.clear();
-            qrmc_ir::pack::unpack_row(&codes[r * row_bytes..(r + 1) * row_bytes], bits, k, |c| row.push(c));
-            let (block, lane) = (r / LANES, r % LANES);
-            let mut sum = 0.0f64;
-            for g in 0..groups {
-                let (from, to) = (r * groups + g, (block * groups + g) * LANES + lane);
-                out.scales[to] = scales[from];
-                if let (Zeros::Each(all), Some(z)) = (&mut out.zeros, zeros) {
-                    all[to] = z[from];
-                }
-                let zero = i64::from(out.zero(block, g, lane));
-                let codes = &row[g * group..(g + 1) * group];
-                let whole: i64 = codes.iter().map(|&c| i64::from(c) - zero).sum();
-                sum += f64::from(scales[from]) * whole as f64;
-                out.put(block, g, lane, codes);
-            }
-            out.weighted[r] = sum as f32;
+    pub(super) fn of(
+        form: Form,
+        codes: Stored<u8>,
+        scales: Stored<f32>,
+        zeros: Zeros,
+        weighted: Stored<f32>,
+    ) -> Self {
+        let Form { n, k, bits, group, .. } = form;
+        Tiles { n, k, bits, group, codes, scales, zeros, weighted }
+    }
+
+    /// A weight whose [`Tiles::parts`] lie in shared bytes; `None` if a part has another length than the form needs, lies at
+    /// an odd address, or the host is big-endian.
+    pub fn shared(form: Form, parts: [Bytes; 4]) -> Option<Self> {
+        if [0, 1, 2, 3].map(|i| parts[i].len()) != form.lengths() {
+            return None;
         }
-        Some(out)
+        let [codes, scales, zeros, weighted] = parts;
+        let zeros = match form.zero {
+            Some(z) => Zeros::All(z),
+            None => Zeros::Each(Stored::shared(zeros)?),
+        };
+        let (codes, scales) = (Stored::shared(codes)?, Stored::shared(scales)?);
+        Some(Tiles::of(form, codes, scales, zeros, Stored::shared(weighted)?))
+    }
+
+    /// The bytes of codes, scales, zero points and weighted sums, as they lie in memory.
+    pub fn parts(&self) -> [&[u8]; 4] {
+        let zeros: &[u8] = if let Zeros::Each(z) = &self.zeros { z } else { &[] };
+        [&self.codes, self.scales.bytes(), zeros, self.weighted.bytes()]
+    }
+
+    /// Shape, codes, groups and zero points.
+    pub fn form(&self) -> Form {
+        Form { n: self.n, k: self.k, bits: self.bits, group: self.group, zero: self.one_zero() }
     }
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        let zeros = if let Zeros::Each(z) = &self.zeros { z.len() } else { 0 };
-        self.codes.len() + 4 * (self.scales.len() + self.weighted.len()) + zeros
+        self.parts().iter().map(|p| p.len()).sum()
     }
 
     /// Rows and columns of the weight.
@@ -135,8 +113,7 @@ impl Tiles {
     }
 
     fn group_bytes(&self) -> usize {
-        let (full, rest) = (self.group / PIECE, self.group % PIECE);
-        full * piece_bytes(PIECE / 4, self.bits) + piece_bytes(rest.div_ceil(4), self.bits)
+        self.form().group_bytes()
     }
 
     /// Bytes of the codes of sixteen rows.
@@ -173,25 +150,6 @@ impl Tiles {
 
     fn piece_at(&self, block: usize, group: usize, i: usize) -> usize {
         block * self.block_bytes() + group * self.group_bytes() + i * piece_bytes(PIECE / 4, self.bits)
-    }
-
-    /// Writes the codes of one group of one row.
-    fn put(&mut self, block: usize, group: usize, lane: usize, codes: &[u8]) {
-        for (i, codes) in codes.chunks(PIECE).enumerate() {
-            let (mut at, lines) = (self.piece_at(block, group, i), codes.len().div_ceil(4));
-            let mut base = 0;
-            for p in planes(self.bits) {
-                let stored = stored_lines(lines, p);
-                let mask = ((1u16 << p) - 1) as u8;
-                for (j, &c) in codes.iter().enumerate() {
-                    let (line, byte) = (j / 4, 4 * lane + j % 4);
-                    let shift = line / stored * usize::from(p);
-                    self.codes[at + line % stored * LINE + byte] |= (c >> base & mask) << shift;
-                }
-                at += stored * LINE;
-                base += p;
-            }
-        }
     }
 
     /// Scales of the rows of a block.

@@ -41,7 +41,7 @@ impl Weight {
             scales: &self.scales,
             zeros: self.zeros.as_deref(),
         };
-        Tiles::new(&view, self.n, self.k).unwrap()
+        Tiles::new(&Pool::alone(), &view, self.n, self.k).unwrap()
     }
 
     /// Scale, and code less zero point.
