@@ -1,16 +1,19 @@
 //! Opening whatever MODEL names: a Hugging Face folder, a GGUF file, or an artefact.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use qrmc_frontends::{Checkpoint, SideFile};
 use qrmc_ir::{Module, WeightSource};
 use qrmc_lowering::artefact::{Artefact, Check, Manifest, SourceInfo, is_artefact};
 use qrmc_runtime::engine::CpuEngine;
+use qrmc_runtime::layout::Layouts;
+use qrmc_runtime::session::Session;
 use qrmc_runtime::text::Tokenizer;
 
 use crate::fail::{FAILURE, Failure};
 use crate::settings;
+use crate::ui::Ui;
 
 /// The model that ships with the repository.
 pub(crate) const SHIPPED: &str = "tiny-qwen2-wiki";
@@ -27,6 +30,8 @@ pub(crate) struct Model {
     pub(crate) files: Vec<SideFile>,
     /// Of an artefact.
     pub(crate) manifest: Option<Manifest>,
+    /// The layout file of an artefact that was opened to be run, until it is.
+    layouts: Mutex<Option<Layouts>>,
 }
 
 /// Lets an `Arc<dyn Checkpoint>` stand where a weight source is wanted.
@@ -35,6 +40,9 @@ struct Weights(Arc<dyn Checkpoint>);
 impl WeightSource for Weights {
     fn raw(&self, name: &str) -> Result<qrmc_ir::RawWeight<'_>, qrmc_ir::WeightError> {
         self.0.raw(name)
+    }
+    fn shared(&self, name: &str) -> Result<Option<bytes::Bytes>, qrmc_ir::WeightError> {
+        self.0.shared(name)
     }
     fn read(&self, name: &str) -> Result<qrmc_ir::Tensor, qrmc_ir::WeightError> {
         self.0.read(name)
@@ -52,13 +60,25 @@ pub(crate) fn locate(given: Option<&Path>) -> Result<PathBuf, Failure> {
     }
 }
 
-/// Opens a model. The hashes of an artefact are checked on the engine's threads.
+/// Opens a model. The hashes of all tensors of an artefact are checked on the engine's threads.
 pub(crate) fn open(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
+    open_with(path, engine, false)
+}
+
+/// As [`open`], to be run: tensors of an artefact whose layouts are in a good layout file are not read.
+pub(crate) fn open_to_run(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
+    open_with(path, engine, true)
+}
+
+fn open_with(path: &Path, engine: &CpuEngine, run: bool) -> Result<Model, Failure> {
     if is_artefact(path) {
         let spread = |n: usize, check: &Check<'_>| {
             engine.with_machine(|pool, _| pool.map(n, check)).into_iter().collect::<Result<(), _>>()
         };
-        let a = Artefact::open(path, &spread)?;
+        let a = Artefact::map(path)?;
+        let layouts =
+            if run { Some(Session::layouts(engine, &a.module, path, &|n| a.manifest.identity(n))?) } else { None };
+        a.check(&spread, |name| layouts.as_ref().is_none_or(|l| !l.covers(name)))?;
         let names = a.manifest.files.keys().filter(|n| !["model.qir", "recipe.yaml"].contains(&n.as_str()));
         let files = names.filter_map(|n| Some(SideFile { name: n.clone(), bytes: a.file(n)? })).collect();
         let (module, manifest) = (a.module.clone(), a.manifest.clone());
@@ -70,6 +90,7 @@ pub(crate) fn open(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
             format: "qrmc artefact".into(),
             files,
             manifest: Some(manifest),
+            layouts: Mutex::new(layouts),
         });
     }
     let imported = qrmc_frontends::import(path)?;
@@ -82,6 +103,7 @@ pub(crate) fn open(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
         format: imported.source.format,
         files: imported.source.files,
         manifest: None,
+        layouts: Mutex::default(),
     })
 }
 
@@ -92,6 +114,19 @@ impl Model {
         let name =
             full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into());
         name.strip_suffix(".gguf").map(str::to_owned).unwrap_or(name)
+    }
+
+    /// The model ready to run; of an artefact, with its layout file, which is made if need be.
+    pub(crate) fn session(&self, engine: &CpuEngine, ui: &Ui) -> Result<Session, Failure> {
+        let opened = self.layouts.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut layouts = match (opened, &self.manifest) {
+            (Some(l), _) => l,
+            (None, Some(m)) => Session::layouts(engine, &self.module, &self.path, &|n| m.identity(n))?,
+            (None, None) => return Ok(Session::load(engine, &self.module, &*self.weights)?),
+        };
+        let session = Session::load_with(engine, &self.module, &*self.weights, &mut layouts)?;
+        layouts.take_notes().iter().for_each(|n| ui.note(n));
+        Ok(session)
     }
 
     pub(crate) fn file(&self, name: &str) -> Option<&[u8]> {

@@ -1,7 +1,6 @@
 //! `qrmc bench`.
 
 use qrmc_runtime::bench::{Speed, read_bandwidth, speed};
-use qrmc_runtime::session::Session;
 use serde_json::json;
 
 use crate::cli::BenchArgs;
@@ -11,8 +10,8 @@ use crate::ui::Ui;
 
 pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<(), Failure> {
     let engine = super::engine(&args.machine)?;
-    let model = model::open(&args.model, &engine)?;
-    let session = Session::load(&engine, &model.module, &*model.weights)?;
+    let model = model::open_to_run(&args.model, &engine)?;
+    let session = model.session(&engine, ui)?;
     let context = model.module.facts.context as usize;
     if args.prompt.max(args.new) > context {
         let m = format!("{} tokens do not fit the model's context of {context}", args.prompt.max(args.new));

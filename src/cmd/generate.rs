@@ -2,7 +2,6 @@
 
 use qrmc_runtime::generate::{Ending, GenerateParams, generate};
 use qrmc_runtime::sample::SampleParams;
-use qrmc_runtime::session::Session;
 use qrmc_runtime::text::{Message, StreamDecoder};
 use serde_json::json;
 
@@ -20,7 +19,7 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<(), Failure> {
     };
     sample.validate().map_err(|e| Failure::usage(e.to_string()))?;
     let engine = super::engine(&args.machine)?;
-    let model = model::open(&args.model, &engine)?;
+    let model = model::open_to_run(&args.model, &engine)?;
     let tokenizer = model.tokenizer()?;
     let prompt = if args.raw {
         tokenizer.encode(&args.prompt, true)?
@@ -34,7 +33,7 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<(), Failure> {
         // The template writes BOS itself where the model wants one.
         tokenizer.encode_chat(&messages, true)?
     };
-    let session = Session::load(&engine, &model.module, &*model.weights)?;
+    let session = model.session(&engine, ui)?;
     let params = GenerateParams { sample, max_new: args.max_new, stop: model.stop_tokens(&tokenizer) };
     let mut decoder = StreamDecoder::new(true);
     let mut text = String::new();

@@ -8,7 +8,6 @@ use std::time::Instant;
 use qrmc_runtime::batch::{Continuation, generate_many};
 use qrmc_runtime::generate::{Ending, GenerateParams};
 use qrmc_runtime::sample::SampleParams;
-use qrmc_runtime::session::Session;
 use qrmc_runtime::tasks::{Question, Task, boxed};
 use qrmc_runtime::text::{Message, Tokenizer};
 use serde_json::{Value, json};
@@ -40,7 +39,7 @@ pub(super) fn run(args: &EvalArgs, task: &Task, ui: &Ui) -> Result<(), Failure> 
     let place = Place { task: task.name, folders: task.folders, split: task.split, shipped: task.name };
     let path = place.locate(args.data.as_deref())?;
     let questions = task.questions(&path, args.accuracy.limit)?;
-    let model = model::open(&args.model, &engine)?;
+    let model = model::open_to_run(&args.model, &engine)?;
     let tokenizer = model.tokenizer()?;
     if tokenizer.chat().is_none() {
         return Err(Failure::new(
@@ -52,7 +51,7 @@ pub(super) fn run(args: &EvalArgs, task: &Task, ui: &Ui) -> Result<(), Failure> 
     let ask = |q: &Question| tokenizer.encode_chat(&[Message::new("user", q.prompt())], true);
     let prompts: Vec<Vec<u32>> = questions.iter().map(ask).collect::<Result<_, _>>()?;
     let output = args.accuracy.output.as_deref().map(Output::create).transpose()?;
-    let session = Session::load(&engine, &model.module, &*model.weights)?;
+    let session = model.session(&engine, ui)?;
     let params =
         GenerateParams { sample: SampleParams::default(), max_new, stop: model.stop_tokens(&tokenizer) };
     let start = Instant::now();

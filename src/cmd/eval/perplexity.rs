@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use qrmc_runtime::eval::{TextScore, score_text};
-use qrmc_runtime::session::Session;
 use qrmc_runtime::text::windows::eval_windows;
 use qrmc_runtime::text::{Join, ReadOptions, Split, read_corpus};
 use serde_json::json;
@@ -42,7 +41,7 @@ pub(super) fn run(args: &EvalArgs, ui: &Ui) -> Result<(), Failure> {
     super::refuse(&args.task, &given, "it is for tasks with an answer, such as --task chain-arith")?;
     let engine = super::super::engine(&args.machine)?;
     let path = locate(args)?;
-    let model = model::open(&args.model, &engine)?;
+    let model = model::open_to_run(&args.model, &engine)?;
     let tokenizer = model.tokenizer()?;
     let mut options = ReadOptions::new(Split::Test);
     options.column = p.column.as_deref();
@@ -70,11 +69,11 @@ pub(super) fn run(args: &EvalArgs, ui: &Ui) -> Result<(), Failure> {
     }
     let stride = p.stride.unwrap_or(ctx);
     let windows = eval_windows(tokens.len(), ctx, stride, p.windows)?;
-    let session = Session::load(&engine, &model.module, &*model.weights)?;
+    let session = model.session(&engine, ui)?;
     let other = match &p.against {
         None => None,
         Some(path) => {
-            let other = model::open(path, &engine)?;
+            let other = model::open_to_run(path, &engine)?;
             if other.file("tokenizer.json") != model.file("tokenizer.json") {
                 let same = other.tokenizer()?.encode(&text, false)? == tokens[usize::from(p.bos)..];
                 if !same {
@@ -82,7 +81,7 @@ pub(super) fn run(args: &EvalArgs, ui: &Ui) -> Result<(), Failure> {
                         .hint("--against compares models with one tokenizer"));
                 }
             }
-            Some(Session::load(&engine, &other.module, &*other.weights)?)
+            Some(other.session(&engine, ui)?)
         }
     };
     let start = Instant::now();
