@@ -76,8 +76,11 @@ fn open_with(path: &Path, engine: &CpuEngine, run: bool) -> Result<Model, Failur
             engine.with_machine(|pool, _| pool.map(n, check)).into_iter().collect::<Result<(), _>>()
         };
         let a = Artefact::map(path)?;
-        let layouts =
-            if run { Some(Session::layouts(engine, &a.module, path, &|n| a.manifest.identity(n))?) } else { None };
+        let layouts = if run {
+            Some(Session::layouts(engine, &a.module, path, &|n| a.manifest.identity(n))?)
+        } else {
+            None
+        };
         a.check(&spread, |name| layouts.as_ref().is_none_or(|l| !l.covers(name)))?;
         let names = a.manifest.files.keys().filter(|n| !["model.qir", "recipe.yaml"].contains(&n.as_str()));
         let files = names.filter_map(|n| Some(SideFile { name: n.clone(), bytes: a.file(n)? })).collect();

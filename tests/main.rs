@@ -7,6 +7,7 @@ mod degenerate;
 mod gptq;
 mod head;
 mod hostile;
+mod layout;
 mod methods;
 mod numerics;
 mod passes;

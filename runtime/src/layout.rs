@@ -67,7 +67,8 @@ impl Layouts {
         let path = folder.join(FILE);
         let of = |t: &Tiled| t.names().map(identity).collect::<Option<Vec<String>>>();
         let named: Option<Vec<_>> = wanted.into_iter().map(|t| of(&t).map(|is| (t, is))).collect();
-        let mut out = Layouts { path, found: Vec::new(), wanted: Vec::new(), writer: None, notes: Vec::new() };
+        let mut out =
+            Layouts { path, found: Vec::new(), wanted: Vec::new(), writer: None, notes: Vec::new() };
         // Tiles of big-endian hosts stay in memory.
         let Some(wanted) = named.filter(|w| !w.is_empty() && cfg!(target_endian = "little")) else {
             return out;
@@ -142,7 +143,9 @@ impl Layouts {
     /// No more tiles are written; the writer is kept until its maps are known to be good.
     fn unwritten(&mut self, e: &std::io::Error) {
         self.wanted.clear();
-        self.note(&format!("cannot be written: {e}; weights are brought into order at every start, in memory"));
+        self.note(&format!(
+            "cannot be written: {e}; weights are brought into order at every start, in memory"
+        ));
     }
 
     fn note(&mut self, what: &str) {

@@ -224,9 +224,7 @@ pub(super) fn load(
     derived: &mut [Option<Tensor>],
 ) -> Result<Vec<Constant>, EngineError> {
     let mut constant = |c: &Const| match *c {
-        Const::Weight(w) => {
-            source.stored(pool, weights[w as usize].0)
-        }
+        Const::Weight(w) => source.stored(pool, weights[w as usize].0),
         Const::Derived(n) => match derived.get_mut(n as usize).and_then(Option::take) {
             Some(t) => Ok(Constant::Tensor(t)),
             None => Err(EngineError::System(format!("constant {n} of {} is lost", program.name))),
@@ -274,4 +272,3 @@ fn finite(name: &str, bad: Option<usize>) -> Result<(), WeightError> {
         )),
     }
 }
-

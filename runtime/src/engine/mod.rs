@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use qrmc_ir::linalg::MatView;
 use qrmc_ir::{
-    Engine, EngineError, Func, FuncId, Hash, Module, Op, Prepared, Tensor, TensorType, WeightId, WeightSource,
-    structural_hash,
+    Engine, EngineError, Func, FuncId, Hash, Module, Op, Prepared, Tensor, TensorType, WeightId,
+    WeightSource, structural_hash,
 };
 use qrmc_lowering::{Cpu, Kernel, Program, lower_func, weight_order};
 

@@ -135,10 +135,7 @@ fn index(all: &[u8]) -> Result<(Index, usize), String> {
     }
     let (at, len) = (number(16), number(24));
     if len > INDEX_LIMIT || at < HEADER as u64 || at.checked_add(len) != Some(all.len() as u64) {
-        return Err(format!(
-            "is cut short or damaged: {} bytes, an index of {len} bytes at {at}",
-            all.len()
-        ));
+        return Err(format!("is cut short or damaged: {} bytes, an index of {len} bytes at {at}", all.len()));
     }
     let bytes = &all[at as usize..];
     if xxh3_64(bytes) != number(32) {

@@ -56,7 +56,13 @@ impl Writer {
     }
 
     /// Appends a weight, and maps it.
-    pub(super) fn add(&mut self, pool: &Pool, weight: &Tiled, is: Vec<String>, tiles: &Tiles) -> Result<Tiles> {
+    pub(super) fn add(
+        &mut self,
+        pool: &Pool,
+        weight: &Tiled,
+        is: Vec<String>,
+        tiles: &Tiles,
+    ) -> Result<Tiles> {
         let form = tiles.form();
         let (parts, len) = places(&form);
         let bytes = tiles.parts();
@@ -113,7 +119,8 @@ fn clear(folder: &Path) {
     for entry in entries.flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        let temporary = name.strip_prefix(FILE).is_some_and(|n| n.starts_with('.') && n.ends_with(".partial"));
+        let temporary =
+            name.strip_prefix(FILE).is_some_and(|n| n.starts_with('.') && n.ends_with(".partial"));
         let old = |m: std::fs::Metadata| Some(m.modified().ok()?.elapsed().ok()? > YOUNG);
         if temporary
             && entry.metadata().ok().and_then(old) == Some(true)

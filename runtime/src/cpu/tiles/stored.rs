@@ -1,5 +1,8 @@
 //! Elements that lie in memory of their own, or in shared bytes such as a mapped file.
-#![allow(unsafe_code, reason = "a slice and what keeps it alive, side by side, so that reading it costs no test")]
+#![allow(
+    unsafe_code,
+    reason = "a slice and what keeps it alive, side by side, so that reading it costs no test"
+)]
 
 use std::any::Any;
 use std::fmt;
