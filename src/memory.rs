@@ -26,12 +26,19 @@ const INTERVAL: Duration = Duration::from_millis(10);
 
 /// Private resident bytes now: mapped files do not count. 0 where the system does not say.
 pub(crate) fn private_bytes() -> u64 {
+    resident("RssAnon:")
+}
+
+/// Bytes of mapped files that are in memory now. 0 where the system does not say.
+pub(crate) fn mapped_bytes() -> u64 {
+    resident("RssFile:")
+}
+
+fn resident(key: &str) -> u64 {
     let Ok(text) = std::fs::read_to_string("/proc/self/status") else { return 0 };
-    let kib = |key: &str| {
-        let line = text.lines().find(|l| l.starts_with(key))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()
-    };
-    kib("RssAnon:").unwrap_or(0) * 1024
+    let line = text.lines().find(|l| l.starts_with(key));
+    let kib = line.and_then(|l| l.split_whitespace().nth(1)?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
 }
 
 /// Keeps the largest private size seen.

@@ -1,17 +1,23 @@
 //! `qrmc bench`.
 
+use std::time::Instant;
+
 use qrmc_runtime::bench::{Speed, read_bandwidth, speed};
 use serde_json::json;
 
 use crate::cli::BenchArgs;
 use crate::fail::Failure;
+use crate::memory::{mapped_bytes, private_bytes, show_bytes};
 use crate::model;
 use crate::ui::Ui;
 
 pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<(), Failure> {
     let engine = super::engine(&args.machine)?;
+    let start = Instant::now();
     let model = model::open_to_run(&args.model, &engine)?;
     let session = model.session(&engine, ui)?;
+    let load = start.elapsed().as_secs_f64();
+    let (private, mapped) = (private_bytes(), mapped_bytes());
     let context = model.module.facts.context as usize;
     if args.prompt.max(args.new) > context {
         let m = format!("{} tokens do not fit the model's context of {context}", args.prompt.max(args.new));
@@ -50,7 +56,8 @@ pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<(), Failure> {
         ui.object(&json!({
             "threads": engine.threads(), "isa": engine.isa(), "integer_products": engine.int_path(),
             "read_bandwidth_bytes_per_second": bandwidth, "prompt": args.prompt, "new": args.new,
-            "repeats": args.repeats, "weights_bytes": session.bytes(), "rows": rows,
+            "repeats": args.repeats, "weights_bytes": session.bytes(), "load_seconds": load,
+            "private_bytes": private, "mapped_bytes": mapped, "rows": rows,
         }));
         return Ok(());
     }
@@ -60,6 +67,11 @@ pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<(), Failure> {
         engine.isa(),
         engine.int_path(),
         bandwidth / 1e9
+    ));
+    ui.out(&format!(
+        "loaded in {load:.2} s; in memory: {} private, {} of mapped files",
+        show_bytes(private),
+        show_bytes(mapped)
     ));
     ui.out("batch   prefill tokens/s   decode tokens/s   reads GB/s   of bandwidth");
     for (batch, prefill, decode, bytes) in rows {

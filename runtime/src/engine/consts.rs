@@ -117,7 +117,11 @@ impl<'a> Source<'a> {
             None => {
                 let Form { n, k, .. } = tiled.form;
                 let raw = self.weights.raw(&tiled.codes)?;
-                let spec = codes(&tiled.codes, &raw.ty)?.0;
+                let (spec, shape) = codes(&tiled.codes, &raw.ty)?;
+                if form(spec, &shape, tiled.zero.is_some()) != Some(tiled.form) {
+                    let what = format!("is {}, which is not what the graph declares", raw.ty);
+                    return Err(WeightError::new(&tiled.codes, what).into());
+                }
                 let (scales, zeros) = self.scales(spec, n, &tiled.scale, tiled.zero.as_deref())?;
                 let view = packed(spec, k, &raw.bytes, &scales, zeros.as_deref());
                 let tiles = Tiles::new(pool, &view, n, k)
@@ -199,18 +203,23 @@ fn group(spec: QuantSpec, k: usize) -> usize {
     if let Grain::Group(g) = spec.grain { g as usize } else { k }
 }
 
+/// The form of the tiles of codes, if they are a matrix.
+fn form(spec: QuantSpec, shape: &[usize], zeros: bool) -> Option<Form> {
+    let [n, k] = *shape else { return None };
+    if n == 0 || k == 0 {
+        return None;
+    }
+    let none = if spec.signed { 1 << (spec.bits - 1) } else { 0 };
+    Some(Form { n, k, bits: spec.bits, group: group(spec, k), zero: (!zeros).then_some(none) })
+}
+
 /// The tiles that a constant of a program is, if it is kept in tiles. `weights` are names and types of the weights of its
 /// function.
 pub(super) fn tiled(constant: &Const, weights: &[(&str, &TensorType)]) -> Option<Tiled> {
     let Const::Packed { layout: Layout::Tiles, codes, scale, zero } = *constant else { return None };
     let (name, ty) = weights[codes as usize];
-    let (spec, shape) = crate::engine::consts::codes(name, ty).ok()?;
-    let [n, k] = shape[..] else { return None };
-    if n == 0 || k == 0 {
-        return None;
-    }
-    let none = if spec.signed { 1 << (spec.bits - 1) } else { 0 };
-    let form = Form { n, k, bits: spec.bits, group: group(spec, k), zero: zero.is_none().then_some(none) };
+    let (spec, shape) = self::codes(name, ty).ok()?;
+    let form = form(spec, &shape, zero.is_some())?;
     let of = |i: u32| weights[i as usize].0.to_owned();
     Some(Tiled { codes: name.to_owned(), scale: of(scale), zero: zero.map(of), form })
 }
