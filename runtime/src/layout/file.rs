@@ -59,7 +59,7 @@ pub(super) fn places(form: &Form) -> ([Range<usize>; 4], usize) {
 }
 
 /// The chunks of the parts of an entry, in order.
-pub(super) fn chunks<'a>(parts: [&'a [u8]; 4]) -> impl Iterator<Item = &'a [u8]> {
+pub(super) fn chunks(parts: [&[u8]; 4]) -> impl Iterator<Item = &[u8]> {
     parts.into_iter().flat_map(|p| p.chunks(CHUNK))
 }
 
