@@ -34,11 +34,20 @@ pub(crate) fn mapped_bytes() -> u64 {
     resident("RssFile:")
 }
 
+/// Bytes that processes may still take without swapping, if the system says so.
+pub(crate) fn available_bytes() -> Option<u64> {
+    from_table("/proc/meminfo", "MemAvailable:")
+}
+
 fn resident(key: &str) -> u64 {
-    let Ok(text) = std::fs::read_to_string("/proc/self/status") else { return 0 };
-    let line = text.lines().find(|l| l.starts_with(key));
-    let kib = line.and_then(|l| l.split_whitespace().nth(1)?.parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+    from_table("/proc/self/status", key).unwrap_or(0)
+}
+
+/// A line such as `RssAnon:  12 kB`, in bytes.
+fn from_table(path: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|l| l.starts_with(key))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }
 
 /// Keeps the largest private size seen.

@@ -10,6 +10,7 @@ mod hostile;
 mod layout;
 mod methods;
 mod numerics;
+mod parity;
 mod passes;
 mod resume;
 mod roundtrip;

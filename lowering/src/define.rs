@@ -1,8 +1,8 @@
 //! What a kernel means: a function in operations of the IR, which every kernel can be held against.
 
-use qrmc_ir::{BinaryOp, Builder, Diag, Elem, Func, Module, Op, ValueId};
+use qrmc_ir::{BinaryOp, Builder, Diag, Elem, Func, Module, Op, UnaryOp, ValueId};
 
-use crate::program::{CacheForm, CacheRead, Kernel, Step};
+use crate::program::{CacheForm, CacheRead, Kernel, LinearPart, Step};
 
 impl Step {
     /// The step as a function of its operands; its results are those of the step.
@@ -10,20 +10,10 @@ impl Step {
     /// # Errors
     /// If the operands do not fit, which lowering does not write.
     pub fn define(&self, module: &Module) -> Result<Func, Diag> {
-        let mut b = Builder::new(module, "step");
-        let ins: Vec<ValueId> = self.ins.iter().map(|(_, ty)| b.param(None, ty.clone())).collect();
+        let (mut b, ins) = self.params(module);
         let b = &mut b;
         let results = match &self.kernel {
-            Kernel::Linear(parts) => {
-                let of_x = parts.first().map_or(1, |p| p.weight);
-                let x = if of_x == 1 { ins[0] } else { b.op1(Op::DCast, &ins[..of_x])? };
-                let mut out = Vec::new();
-                for p in parts {
-                    let y = product(b, x, ins[p.weight])?;
-                    out.push(biased(b, y, p.bias.map(|at| &ins[at]))?);
-                }
-                out
-            }
+            Kernel::Linear(parts) => linear(b, parts, &ins, |_, v| Ok(v))?,
             Kernel::Quantize(spec, rule) => {
                 let mut sides = b.op(Op::QParams(*spec, *rule), &ins)?;
                 let args: Vec<ValueId> = ins[..1].iter().chain(&sides).copied().collect();
@@ -56,14 +46,53 @@ impl Step {
         };
         Ok(std::mem::replace(b, Builder::new(module, "")).finish(&results))
     }
+
+    /// For a step of linear layers, the same with the magnitudes of all factors: the size of what is summed, which floats that
+    /// add it in another order are within a share of.
+    ///
+    /// # Errors
+    /// As [`Step::define`].
+    pub fn magnitudes(&self, module: &Module) -> Result<Option<Func>, Diag> {
+        let Kernel::Linear(parts) = &self.kernel else { return Ok(None) };
+        let (mut b, ins) = self.params(module);
+        let results = linear(&mut b, parts, &ins, |b, v| b.op1(Op::Unary(UnaryOp::Abs), &[v]))?;
+        Ok(Some(b.finish(&results)))
+    }
+
+    fn params<'m>(&self, module: &'m Module) -> (Builder<'m>, Vec<ValueId>) {
+        let mut b = Builder::new(module, "step");
+        let ins = self.ins.iter().map(|(_, ty)| b.param(None, ty.clone())).collect();
+        (b, ins)
+    }
+}
+
+/// Linear layers, of what `of` makes of their operands.
+fn linear(
+    b: &mut Builder<'_>,
+    parts: &[LinearPart],
+    ins: &[ValueId],
+    of: impl Fn(&mut Builder<'_>, ValueId) -> Result<ValueId, Diag>,
+) -> Result<Vec<ValueId>, Diag> {
+    let of_x = parts.first().map_or(1, |p| p.weight);
+    let x = if of_x == 1 { ins[0] } else { b.op1(Op::DCast, &ins[..of_x])? };
+    let x = of(b, x)?;
+    let mut out = Vec::new();
+    for p in parts {
+        let w = of(b, ins[p.weight])?;
+        let y = product(b, x, w)?;
+        out.push(match p.bias {
+            None => y,
+            Some(at) => {
+                let bias = of(b, ins[at])?;
+                b.binary(BinaryOp::Add, y, bias)?
+            }
+        });
+    }
+    Ok(out)
 }
 
 fn product(b: &mut Builder<'_>, x: ValueId, w: ValueId) -> Result<ValueId, Diag> {
     b.op1(Op::MatMul { trans_b: true }, &[x, w])
-}
-
-fn biased(b: &mut Builder<'_>, y: ValueId, bias: Option<&ValueId>) -> Result<ValueId, Diag> {
-    bias.map_or(Ok(y), |&bias| b.binary(BinaryOp::Add, y, bias))
 }
 
 /// New rows of a cache as those who read it see them, behind the rows that it holds.

@@ -8,7 +8,7 @@ use crate::engine::CpuEngine;
 use crate::session::Session;
 
 /// Positions that prefill runs at once.
-const CHUNK: usize = 512;
+pub const CHUNK: usize = 512;
 /// Bytes that are read to measure what memory gives: far more than caches hold.
 const READ: usize = 512 << 20;
 

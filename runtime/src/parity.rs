@@ -11,7 +11,8 @@ use qrmc_lowering::{Kernel, Step};
 use crate::engine::{CpuEngine, Input, Loaded, Watch};
 use crate::session::{last_row, layer_caches};
 
-/// How far a float result may be from the reference, relative to the largest magnitude of the result.
+/// How far a float result may be from the reference, relative to the largest magnitude of the result, or to the largest sum
+/// of the magnitudes of what a product adds.
 pub const BOUND: f64 = 2e-5;
 
 /// What the steps of one kind gave.
@@ -25,7 +26,7 @@ pub struct KindParity {
     pub integers: u64,
     /// How many of these differ from the reference.
     pub unequal: u64,
-    /// The largest distance of a float from the reference, relative to the largest magnitude of its result.
+    /// The largest distance of a float from the reference, relative as [`BOUND`] says.
     pub gap: f64,
 }
 
@@ -174,6 +175,10 @@ impl Parity {
     ) -> Result<(), EngineError> {
         let func = step.define(module)?;
         let want = interp::run(module, &func, &NoWeights, ins, &func.results)?;
+        let sizes = match step.magnitudes(module)? {
+            Some(f) => interp::run(module, &f, &NoWeights, ins, &f.results)?,
+            None => want.clone(),
+        };
         let name = step.kernel.to_string();
         let name =
             name.split(" {").next().unwrap_or_default().split(" (").next().unwrap_or_default().to_owned();
@@ -183,14 +188,16 @@ impl Parity {
         });
         let kind = &mut self.kinds[at];
         kind.steps += 1;
-        for (got, want) in outs.iter().zip(&want) {
+        for ((got, want), size) in outs.iter().zip(&want).zip(&sizes) {
             let exact = matches!(step.kernel, Kernel::Quantize(..)) || got.as_f32().is_none();
             match (got.data(), want.data()) {
                 (Data::F32(g), Data::F32(w)) if exact => {
                     kind.integers += g.len() as u64;
                     kind.unequal += differing(g.iter().map(|x| x.to_bits()), w.iter().map(|x| x.to_bits()));
                 }
-                (Data::F32(g), Data::F32(w)) => kind.gap = kind.gap.max(gap(g, w)),
+                (Data::F32(g), Data::F32(w)) => {
+                    kind.gap = kind.gap.max(gap(g, w, size.as_f32().unwrap_or(w)));
+                }
                 (Data::U8(g), Data::U8(w)) => {
                     kind.integers += g.len() as u64;
                     kind.unequal += differing(g, w);
@@ -224,9 +231,10 @@ fn differing<T: PartialEq>(a: impl IntoIterator<Item = T>, b: impl IntoIterator<
     a.into_iter().zip(b).filter(|(a, b)| a != b).count() as u64
 }
 
-/// The largest distance over the largest magnitude; not finite where only one of the two is no number.
-fn gap(got: &[f32], want: &[f32]) -> f64 {
-    let largest = want.iter().map(|w| f64::from(w.abs())).fold(0.0, f64::max);
+/// The largest distance over the largest of `sizes`, or over the smallest number with all its bits; not finite where only
+/// one of the two is no number.
+fn gap(got: &[f32], want: &[f32], sizes: &[f32]) -> f64 {
+    let largest = sizes.iter().map(|w| f64::from(w.abs())).fold(f64::from(f32::MIN_POSITIVE), f64::max);
     let distance = |(g, w): (&f32, &f32)| match g.to_bits() == w.to_bits() || g.is_nan() && w.is_nan() {
         true => 0.0,
         false => f64::from((g - w).abs()),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use qrmc_ir::{EngineError, ModelFacts, Module, Prepared, Tensor, WeightSource};
+use qrmc_ir::{DimEnv, EngineError, ModelFacts, Module, Prepared, Tensor, WeightSource};
 
 use crate::engine::{CpuEngine, Input, KvCache, Loaded, Source};
 use crate::layout::{Identity, Layouts};
@@ -153,6 +153,21 @@ impl Session {
     pub fn caches(&self, batch: usize, capacity: usize) -> Caches {
         let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
         Caches(self.layers.iter().map(|l| layer_caches(l, batch, capacity, width)).collect())
+    }
+
+    /// Bytes that `batch` sequences take with room for `capacity` positions each, of which `seq` run at once: caches, and the
+    /// buffers of the function that needs most.
+    pub fn run_bytes(&self, batch: usize, seq: usize, capacity: usize) -> u64 {
+        let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
+        let cache = |l: &Loaded, param: u32| {
+            KvCache::bytes_for(batch, capacity, width, l.program().cache(param).flatten())
+        };
+        let caches = self.layers.iter().map(|l| cache(l, KEYS).saturating_add(cache(l, VALUES)));
+        // Where caches grow in place, what a run sees of them is no buffer.
+        let dims = DimEnv { batch, seq, past: 0 };
+        let funcs = [&self.embed, &self.head].into_iter().chain(&self.layers);
+        let buffers = funcs.map(|f| f.program().buffer_bytes(&dims) as u64).max().unwrap_or(0);
+        caches.fold(buffers, u64::saturating_add)
     }
 
     /// The residual stream behind the last layer, `[B, S, hidden]`, for token ids `[B, S]` that follow what the caches

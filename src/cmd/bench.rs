@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use qrmc_runtime::bench::{Speed, read_bandwidth, speed};
+use qrmc_runtime::bench::{CHUNK, Speed, read_bandwidth, speed};
 use serde_json::json;
 
 use crate::cli::BenchArgs;
-use crate::fail::Failure;
-use crate::memory::{mapped_bytes, private_bytes, show_bytes};
+use crate::fail::{FAILURE, Failure};
+use crate::memory::{available_bytes, mapped_bytes, private_bytes, show_bytes};
 use crate::model;
 use crate::ui::Ui;
 
@@ -22,6 +22,15 @@ pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<(), Failure> {
     if args.prompt.max(args.new) > context {
         let m = format!("{} tokens do not fit the model's context of {context}", args.prompt.max(args.new));
         return Err(Failure::usage(m).hint("give smaller -p and -n"));
+    }
+    for &batch in &args.batch {
+        let capacity = args.prompt.max(args.new);
+        let need = session.run_bytes(batch, args.prompt.clamp(1, CHUNK), capacity);
+        if let Some(have) = available_bytes().filter(|have| need > *have) {
+            let (need, have) = (show_bytes(need), show_bytes(have));
+            let m = format!("{batch} sequences of {capacity} tokens need {need}, and {have} are free");
+            return Err(Failure::new(FAILURE, m).hint("give a smaller --batch, -p or -n"));
+        }
     }
     let bandwidth = read_bandwidth(&engine);
     let mut rows = Vec::new();

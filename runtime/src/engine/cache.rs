@@ -80,6 +80,23 @@ impl KvCache {
         KvCache { rows, batch, capacity, width, len: 0, positions: Vec::new() }
     }
 
+    /// Bytes of the memory that [`KvCache::new`] takes.
+    pub fn bytes_for(batch: usize, capacity: usize, width: usize, form: Option<&CacheForm>) -> u64 {
+        let row = match form {
+            None => 4 * width,
+            Some(form) => {
+                let groups = match form.spec.grain {
+                    Grain::Group(g) => width / (g as usize).max(1),
+                    Grain::Channel => 0,
+                    _ => 1,
+                };
+                (usize::from(form.spec.bits) * width).div_ceil(8)
+                    + groups * if form.spec.zero { 5 } else { 4 }
+            }
+        };
+        (batch as u64).saturating_mul(capacity as u64).saturating_mul(row as u64)
+    }
+
     /// Positions held.
     pub fn len(&self) -> usize {
         self.len

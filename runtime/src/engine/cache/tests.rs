@@ -83,6 +83,7 @@ fn rows_come_back_as_their_codes_say() {
                 }
                 let form = CacheForm { spec, reads: Vec::new() };
                 let mut cache = KvCache::new(BATCH, 6, WIDTH, Some(&form));
+                assert_eq!(cache.bytes() as u64, KvCache::bytes_for(BATCH, 6, WIDTH, Some(&form)));
                 let mut parts = [New::of(spec, 3, 1), New::of(spec, 2, 7)];
                 if grain == Grain::Channel {
                     parts[1].scales = parts[0].scales.clone();
