@@ -13,7 +13,7 @@ impl Step {
         let (mut b, ins) = self.params(module);
         let b = &mut b;
         let results = match &self.kernel {
-            Kernel::Linear(parts) => linear(b, parts, &ins, |_, v| Ok(v))?,
+            Kernel::Linear(parts) => linear(b, parts, &ins, |_, x| Ok(x), |_, w| Ok(w))?,
             Kernel::Quantize(spec, rule) => {
                 let mut sides = b.op(Op::QParams(*spec, *rule), &ins)?;
                 let args: Vec<ValueId> = ins[..1].iter().chain(&sides).copied().collect();
@@ -48,14 +48,26 @@ impl Step {
     }
 
     /// For a step of linear layers, the same with the magnitudes of all factors: the size of what is summed, which floats that
-    /// add it in another order are within a share of.
+    /// add it in another order are within a share of. Codes with a zero point may be summed less the middle of their range,
+    /// and the rest be made up for afterwards: they count with half their range besides.
     ///
     /// # Errors
     /// As [`Step::define`].
     pub fn magnitudes(&self, module: &Module) -> Result<Option<Func>, Diag> {
         let Kernel::Linear(parts) = &self.kernel else { return Ok(None) };
         let (mut b, ins) = self.params(module);
-        let results = linear(&mut b, parts, &ins, |b, v| b.op1(Op::Unary(UnaryOp::Abs), &[v]))?;
+        let middle = match self.ins[0].1.elem {
+            Elem::Quant(spec) if spec.zero => Some((ins[1], f64::from(1u32 << (spec.bits - 1)))),
+            _ => None,
+        };
+        let of_x = |b: &mut Builder<'_>, x: ValueId| {
+            let x = b.op1(Op::Unary(UnaryOp::Abs), &[x])?;
+            let Some((scale, codes)) = middle else { return Ok(x) };
+            let codes = b.scalar(codes);
+            let half = b.binary(BinaryOp::Mul, scale, codes)?;
+            b.binary(BinaryOp::Add, x, half)
+        };
+        let results = linear(&mut b, parts, &ins, of_x, |b, v| b.op1(Op::Unary(UnaryOp::Abs), &[v]))?;
         Ok(Some(b.finish(&results)))
     }
 
@@ -66,16 +78,17 @@ impl Step {
     }
 }
 
-/// Linear layers, of what `of` makes of their operands.
+/// Linear layers, of what `of_x` makes of their input, and `of` of their weights and biases.
 fn linear(
     b: &mut Builder<'_>,
     parts: &[LinearPart],
     ins: &[ValueId],
+    of_x: impl Fn(&mut Builder<'_>, ValueId) -> Result<ValueId, Diag>,
     of: impl Fn(&mut Builder<'_>, ValueId) -> Result<ValueId, Diag>,
 ) -> Result<Vec<ValueId>, Diag> {
-    let of_x = parts.first().map_or(1, |p| p.weight);
-    let x = if of_x == 1 { ins[0] } else { b.op1(Op::DCast, &ins[..of_x])? };
-    let x = of(b, x)?;
+    let count = parts.first().map_or(1, |p| p.weight);
+    let x = if count == 1 { ins[0] } else { b.op1(Op::DCast, &ins[..count])? };
+    let x = of_x(b, x)?;
     let mut out = Vec::new();
     for p in parts {
         let w = of(b, ins[p.weight])?;
