@@ -62,7 +62,7 @@ pub struct Layouts {
 
 impl Layouts {
     /// Maps the layout file of a folder and checks all of it on the pool's threads. If it is absent, or not what `wanted`
-    /// needs, a new one is made of what [`Layouts::put`] gets.
+    /// needs, a new one is made as weights are loaded.
     pub fn open(pool: &Pool, folder: &Path, wanted: Vec<Tiled>, identity: &Identity<'_>) -> Self {
         let path = folder.join(FILE);
         let of = |t: &Tiled| t.names().map(identity).collect::<Option<Vec<String>>>();

@@ -58,7 +58,7 @@ const UNIT_ROWS: usize = 8;
 /// of them.
 const ACROSS: usize = 4;
 /// Bytes of codes that one task reads, about.
-const TASK: usize = 32 * 1024;
+const TASK: usize = 8 * 1024;
 
 /// One of the weights that a left side is multiplied with.
 #[derive(Debug)]
