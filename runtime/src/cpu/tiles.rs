@@ -16,7 +16,7 @@
 use std::ops::Range;
 
 use super::pool::{Pool, Scratch, SharedMut};
-use super::simd::{Isa, Kernel, Lanes};
+use super::simd::{Kernel, Lanes};
 use path::Kind;
 use plain::Plain;
 
@@ -52,7 +52,6 @@ const LINE: usize = 4 * LANES;
 type Sums = [f32; LANES];
 
 /// Rows of the left side from which the matrix unit pays.
-#[cfg(target_arch = "x86_64")]
 const UNIT_ROWS: usize = 8;
 /// Blocks of sixteen rows of the weight that one task unpacks for the matrix unit: what is read of the left side serves all
 /// of them.
@@ -120,7 +119,7 @@ pub fn product(pool: &Pool, path: IntPath, x: &Digits, parts: &mut [Part<'_>], s
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    let unit = matches!(path.0, Kind::Amx(_)) && m >= UNIT_ROWS;
+    let unit = matches!(path.kind, Kind::Amx(_)) && m >= UNIT_ROWS;
     #[cfg(not(target_arch = "x86_64"))]
     let unit = false;
     let at_once = |w: &Tiles| if unit { ACROSS } else { TASK.div_ceil(w.block_bytes().max(1)) };
@@ -160,13 +159,12 @@ unsafe fn run(
         return unsafe { amx::run(x, p, blocks, scratch) };
     }
     let _ = (unit, scratch);
-    let isa = if let Kind::Plain(isa) = path.0 { isa } else { Isa::detect() };
     for block in blocks {
         for first in (0..x.rows).step_by(ROWS) {
             let mut y = [[0.0; LANES]; ROWS];
             let y = &mut y[..ROWS.min(x.rows - first)];
-            match path.0 {
-                Kind::Plain(isa) => isa.run(Plain { x, w: p.w, block, first, y }),
+            match path.kind {
+                Kind::Plain => path.isa.run(Plain { x, w: p.w, block, first, y }),
                 // SAFETY: the machine has what the path says.
                 #[cfg(target_arch = "x86_64")]
                 Kind::Avx2 => unsafe { avx2::sums(x, p.w, block, first, y) },
@@ -175,7 +173,7 @@ unsafe fn run(
                 Kind::Vnni | Kind::Amx(_) => unsafe { vnni::sums(x, p.w, block, first, y) },
             }
             // The columns of this block are ours, as the caller promised.
-            isa.run(Put { p, x, block, first, y });
+            path.isa.run(Put { p, x, block, first, y });
         }
     }
 }

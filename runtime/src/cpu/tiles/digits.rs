@@ -1,7 +1,7 @@
 //! The left side of a product as signed bytes.
 #![allow(unsafe_code, reason = "each task writes the parts of its own rows")]
 
-use super::PIECE;
+use super::{PIECE, UNIT_ROWS};
 use crate::cpu::pool::{Pool, SharedMut};
 use crate::cpu::simd::{Isa, Kernel, Lanes};
 
@@ -14,7 +14,7 @@ const CODE_BLOCK: usize = 32 * 1024;
 const FLOAT_DIGITS: usize = 3;
 /// The largest magnitude that three signed digits hold on both sides.
 const FLOAT_TOP: f32 = (127 * 65_536 + 127 * 256 + 127) as f32;
-/// Rows are filled up to a multiple of this with zeros.
+/// Rows are filled up to a multiple of this with zeros, for the matrix unit.
 const ROWS: usize = 32;
 /// Elements that one task cuts, about.
 const TASK: usize = 16 * 1024;
@@ -90,7 +90,8 @@ impl Digits {
         let (count, stride, blocks) = (self.count, self.stride, self.blocks());
         let steps = if floats { blocks } else { 1 };
         self.planes.clear();
-        self.planes.resize(m.next_multiple_of(ROWS) * count * stride, 0);
+        let rows = if m < UNIT_ROWS { m } else { m.next_multiple_of(ROWS) };
+        self.planes.resize(rows * count * stride, 0);
         self.sums.resize(m * count * blocks, 0);
         self.steps.resize(m * steps, 0.0);
         self.shifts.resize(m, 0.0);
@@ -135,7 +136,7 @@ impl Digits {
         &self.planes[(row * self.count + d) * self.stride..][..self.stride]
     }
 
-    /// The digits of all rows, each row filled up to a multiple of 32.
+    /// The digits of all rows; from eight rows on, these are filled up to a multiple of 32.
     #[inline(always)]
     pub(super) fn planes(&self) -> &[i8] {
         &self.planes

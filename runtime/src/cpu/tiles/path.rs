@@ -6,11 +6,16 @@ use crate::cpu::{simd::Level, split::Amx};
 
 /// A way to compute sums of products of bytes that this machine has.
 #[derive(Clone, Copy, Debug)]
-pub struct IntPath(pub(super) Kind);
+pub struct IntPath {
+    pub(super) kind: Kind,
+    /// For what comes after the sums.
+    pub(super) isa: Isa,
+}
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Kind {
-    Plain(Isa),
+    /// Any instructions of [`IntPath::isa`].
+    Plain,
     /// Byte products of AVX2.
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -29,13 +34,12 @@ impl IntPath {
         let isas = Isa::available();
         let wide = isas.last().is_some_and(|isa| isa.level() == Level::Avx512);
         let vnni = wide && is_x86_feature_detected!("avx512vnni");
-        let mut all = vec![IntPath(Kind::Plain(Isa::PORTABLE))];
-        if isas.len() > 1 {
-            all.push(IntPath(Kind::Avx2));
-        }
-        if vnni {
-            all.push(IntPath(Kind::Vnni));
-            all.extend(unit.filter(|u| u.multiplies_bytes()).map(|u| IntPath(Kind::Amx(u))));
+        let path = |kind, isa| IntPath { kind, isa };
+        let mut all = vec![path(Kind::Plain, Isa::PORTABLE)];
+        all.extend(isas.get(1).map(|&isa| path(Kind::Avx2, isa)));
+        if let Some(&isa) = isas.last().filter(|_| vnni) {
+            all.push(path(Kind::Vnni, isa));
+            all.extend(unit.filter(|u| u.multiplies_bytes()).map(|u| path(Kind::Amx(u), isa)));
         }
         all
     }
@@ -43,25 +47,25 @@ impl IntPath {
     /// The best of [`IntPath::available`].
     #[cfg(target_arch = "x86_64")]
     pub fn detect(unit: Option<Amx>) -> IntPath {
-        IntPath::available(unit).pop().unwrap_or(IntPath(Kind::Plain(Isa::PORTABLE)))
+        IntPath::available(unit).pop().unwrap_or(IntPath { kind: Kind::Plain, isa: Isa::PORTABLE })
     }
 
     /// All paths that this machine can run, slowest first.
     #[cfg(not(target_arch = "x86_64"))]
     pub fn available() -> Vec<IntPath> {
-        Isa::available().into_iter().map(|isa| IntPath(Kind::Plain(isa))).collect()
+        Isa::available().into_iter().map(|isa| IntPath { kind: Kind::Plain, isa }).collect()
     }
 
     /// The best of [`IntPath::available`].
     #[cfg(not(target_arch = "x86_64"))]
     pub fn detect() -> IntPath {
-        IntPath(Kind::Plain(Isa::detect()))
+        IntPath { kind: Kind::Plain, isa: Isa::detect() }
     }
 
     /// Name for reports.
     pub fn name(self) -> &'static str {
-        match self.0 {
-            Kind::Plain(isa) => isa.name(),
+        match self.kind {
+            Kind::Plain => self.isa.name(),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,5 @@
 use super::*;
+use crate::cpu::Isa;
 use crate::cpu::testing::{bits, noise, pools3};
 use crate::cpu::weight::WeightView;
 
@@ -135,7 +136,7 @@ fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
             for kind in 0..3 {
                 let weight = Weight::new((n, k), b, group, kind);
                 let tiles = weight.tiles();
-                for m in [1, 2, 3, 5, 16, 33] {
+                for m in [1, 3, 5, 9, 33] {
                     for left in Left::all(m, k) {
                         let mut first: Option<Vec<u32>> = None;
                         for path in paths() {

@@ -7,9 +7,6 @@ use super::digits::Digits;
 use super::layout::{Tiles, every_line, unpack};
 use super::{LINE, PIECE, Sums};
 
-/// How far ahead codes are asked for, in bytes.
-const DISTANCE: usize = 2048;
-
 /// Adds the float sums of block `block` of the weight with the rows `first..first + y.len()` to `y`.
 ///
 /// # Safety
@@ -98,9 +95,6 @@ unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u
                 assert!(at + 4 * lines <= x.stride);
                 // SAFETY: inside of each plane, by the check above.
                 let left = left.map(|planes| planes.map(|p| unsafe { p.add(at) }));
-                for s in 0..now.len() / LINE {
-                    _mm_prefetch::<_MM_HINT_T0>(now.as_ptr().wrapping_add(s * LINE + DISTANCE).cast());
-                }
                 if BITS > 0 && lines == PIECE / 4 {
                     let p = now.as_ptr();
                     // SAFETY: a full piece of this width is stored, and the left side has 64 digits from here on.
