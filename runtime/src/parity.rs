@@ -48,7 +48,7 @@ pub struct Parity {
 /// How much of a model is compared.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Extent {
-    /// Steps with more elements in an operand are left out: the reference takes some forty bytes of memory for each.
+    /// Steps with more elements in their operands are left out: the reference takes some forty bytes of memory for each.
     pub elements: u64,
     /// Whether layers of the same structure as one before are run.
     pub every_layer: bool,
@@ -70,7 +70,7 @@ impl Extent {
 /// Compares the steps of a run.
 struct Comparing<'a> {
     module: &'a Module,
-    /// Most elements of an operand.
+    /// Most elements of all operands of a step.
     limit: u64,
     parity: &'a mut Parity,
 }
@@ -80,7 +80,7 @@ impl Watch for Comparing<'_> {
         let elements = |ty: &TensorType| {
             ty.shape.0.iter().map(|d| if let Dim::Fixed(n) = d { *n } else { 1 }).product::<u64>()
         };
-        let wanted = step.ins.iter().all(|(_, ty)| elements(ty) <= self.limit);
+        let wanted = step.ins.iter().map(|(_, ty)| elements(ty)).sum::<u64>() <= self.limit;
         self.parity.left_out += u64::from(!wanted);
         wanted
     }
