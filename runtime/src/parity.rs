@@ -196,7 +196,7 @@ impl Parity {
                     kind.unequal += differing(g.iter().map(|x| x.to_bits()), w.iter().map(|x| x.to_bits()));
                 }
                 (Data::F32(g), Data::F32(w)) => {
-                    kind.gap = kind.gap.max(gap(g, w, size.as_f32().unwrap_or(w)));
+                    kind.gap = worse(kind.gap, gap(g, w, size.as_f32().unwrap_or(w)));
                 }
                 (Data::U8(g), Data::U8(w)) => {
                     kind.integers += g.len() as u64;
@@ -231,6 +231,11 @@ fn differing<T: PartialEq>(a: impl IntoIterator<Item = T>, b: impl IntoIterator<
     a.into_iter().zip(b).filter(|(a, b)| a != b).count() as u64
 }
 
+/// The larger of two gaps; what is no number is larger than all.
+fn worse(a: f64, b: f64) -> f64 {
+    if b > a || b.is_nan() { b } else { a }
+}
+
 /// The largest distance over the largest of `sizes`, or over the smallest number with all its bits; not finite where only
 /// one of the two is no number.
 fn gap(got: &[f32], want: &[f32], sizes: &[f32]) -> f64 {
@@ -239,8 +244,7 @@ fn gap(got: &[f32], want: &[f32], sizes: &[f32]) -> f64 {
         true => 0.0,
         false => f64::from((g - w).abs()),
     };
-    let worst =
-        got.iter().zip(want).map(distance).fold(0.0, |a: f64, d| if d > a || d.is_nan() { d } else { a });
+    let worst = got.iter().zip(want).map(distance).fold(0.0, worse);
     if worst == 0.0 { 0.0 } else { worst / largest }
 }
 

@@ -128,6 +128,19 @@ impl Case {
     }
 }
 
+#[test]
+fn what_is_no_number_is_a_difference() {
+    let x = [1.0, 2.0];
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut kind = KindParity::default();
+        for got in [[1.0, bad], [1.0, 2.0]] {
+            kind.gap = worse(kind.gap, gap(&got, &x, &x));
+        }
+        assert!(!kind.holds(), "{bad} against 2: {}", kind.gap);
+    }
+    assert_eq!(gap(&[f32::NAN, 2.0], &[f32::NAN, 2.0], &x), 0.0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
 
