@@ -278,7 +278,7 @@ pub(crate) struct CheckArgs {
     /// A model or an artefact
     pub(crate) model: PathBuf,
     /// Run every kernel and the reference interpreter on the same operands: equal integers, floats within 2e-5 of the
-    /// largest of their tensor
+    /// largest of their tensor, or of what a product adds
     #[arg(long)]
     pub(crate) parity: bool,
     /// Tokens that run at once, before two that run alone

@@ -5,10 +5,8 @@ use std::time::Instant;
 use qrmc_ir::{EngineError, Tensor};
 
 use crate::engine::CpuEngine;
-use crate::session::Session;
+use crate::session::{CHUNK, Session};
 
-/// Positions that prefill runs at once.
-pub const CHUNK: usize = 512;
 /// Bytes that are read to measure what memory gives: far more than caches hold.
 const READ: usize = 512 << 20;
 

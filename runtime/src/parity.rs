@@ -8,8 +8,8 @@ use qrmc_ir::{
 };
 use qrmc_lowering::{Kernel, Step};
 
-use crate::engine::{CpuEngine, Input, Loaded, Watch};
-use crate::session::{last_row, layer_caches};
+use crate::engine::{CpuEngine, Input, Loaded, Source, Watch};
+use crate::session::{last_row, layer_caches, load_end, positions};
 
 /// How far a float result may be from the reference, relative to the largest magnitude of the result, or to the largest sum
 /// of the magnitudes of what a product adds.
@@ -113,10 +113,7 @@ impl Parity {
         extent: Extent,
     ) -> Result<Self, EngineError> {
         let mut parity = Parity::default();
-        let load = |name: &str| match module.find_func(name) {
-            Some(f) => engine.load(module, module.func(f), weights),
-            None => Err(EngineError::System(format!("the model has no @{name}, so it is no decoder"))),
-        };
+        let load = |name: &str| load_end(engine, module, name, &mut Source::new(weights, None));
         let mut run = |f: &Loaded, args: &mut [Input<'_>]| {
             let mut watch = Comparing { module, limit: extent.elements, parity: &mut parity };
             Ok::<Tensor, EngineError>(f.run_watched(args, &mut watch)?.remove(0))
@@ -138,8 +135,7 @@ impl Parity {
             let layer = engine.load(module, module.func(f), weights)?;
             let (mut k, mut v) = layer_caches(&layer, 1, tokens + 2, width);
             for x in &mut streams {
-                let (past, seq) = (k.len(), x.shape()[1]);
-                let pos = Tensor::i32([seq], (past..past + seq).map(|p| p as i32).collect());
+                let pos = positions(k.len(), x.shape()[1]);
                 let mut args =
                     [Input::Tensor(x), Input::Tensor(&pos), Input::Cache(&mut k), Input::Cache(&mut v)];
                 *x = run(&layer, &mut args)?;
@@ -176,8 +172,8 @@ impl Parity {
         let func = step.define(module)?;
         let want = interp::run(module, &func, &NoWeights, ins, &func.results)?;
         let sizes = match step.magnitudes(module)? {
-            Some(f) => interp::run(module, &f, &NoWeights, ins, &f.results)?,
-            None => want.clone(),
+            Some(f) => &interp::run(module, &f, &NoWeights, ins, &f.results)?,
+            None => &want,
         };
         let name = step.kernel.to_string();
         let name =
@@ -188,7 +184,7 @@ impl Parity {
         });
         let kind = &mut self.kinds[at];
         kind.steps += 1;
-        for ((got, want), size) in outs.iter().zip(&want).zip(&sizes) {
+        for ((got, want), size) in outs.iter().zip(&want).zip(sizes) {
             let exact = matches!(step.kernel, Kernel::Quantize(..)) || got.as_f32().is_none();
             match (got.data(), want.data()) {
                 (Data::F32(g), Data::F32(w)) if exact => {

@@ -8,7 +8,7 @@ use crate::engine::{CpuEngine, Input, KvCache, Loaded, Source};
 use crate::layout::{Identity, Layouts};
 
 /// Positions that prefill runs at once, and rows of logits that exist at once.
-const CHUNK: usize = 512;
+pub const CHUNK: usize = 512;
 
 /// Parameters of a layer that are its caches.
 const KEYS: u32 = 2;
@@ -124,11 +124,8 @@ impl Session {
         module: &Module,
         source: &mut Source<'_>,
     ) -> Result<Self, EngineError> {
-        let mut load = |name: &str| match module.find_func(name) {
-            Some(f) => engine.load_from(module, module.func(f), source),
-            None => Err(EngineError::System(format!("the model has no @{name}, so it is no decoder"))),
-        };
-        let (embed, head) = (load("embed")?, load("head")?);
+        let (embed, head) =
+            (load_end(engine, module, "embed", source)?, load_end(engine, module, "head", source)?);
         let layers = module.layers().into_iter().map(|f| engine.load_from(module, module.func(f), source));
         let layers = layers.collect::<Result<_, _>>()?;
         Ok(Session { embed, layers, head, facts: module.facts.clone() })
@@ -177,7 +174,7 @@ impl Session {
     /// If an id is outside the vocabulary or the caches are full.
     pub fn stream(&self, ids: &Tensor, caches: &mut Caches) -> Result<Tensor, EngineError> {
         let (past, seq) = (caches.len(), ids.shape()[1]);
-        let pos = Tensor::i32([seq], (past..past + seq).map(|p| p as i32).collect());
+        let pos = positions(past, seq);
         let mut x = self.embed.run(&[ids])?.remove(0);
         for (layer, (k, v)) in self.layers.iter().zip(&mut caches.0) {
             let mut args = [Input::Tensor(&x), Input::Tensor(&pos), Input::Cache(k), Input::Cache(v)];
@@ -207,6 +204,24 @@ impl Session {
         let Some(x) = last else { return Err(EngineError::System("a prompt without tokens".into())) };
         Ok(self.logits(&last_row(&x))?.as_f32().unwrap_or(&[]).to_vec())
     }
+}
+
+/// `@embed` or `@head` of a decoder.
+pub(crate) fn load_end(
+    engine: &CpuEngine,
+    module: &Module,
+    name: &str,
+    source: &mut Source<'_>,
+) -> Result<Loaded, EngineError> {
+    match module.find_func(name) {
+        Some(f) => engine.load_from(module, module.func(f), source),
+        None => Err(EngineError::System(format!("the model has no @{name}, so it is no decoder"))),
+    }
+}
+
+/// Positions of `seq` tokens behind `past` others.
+pub(crate) fn positions(past: usize, seq: usize) -> Tensor {
+    Tensor::i32([seq], (past..past + seq).map(|p| p as i32).collect())
 }
 
 /// Empty caches of a layer, for keys and for values of `width` elements.

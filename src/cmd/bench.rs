@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use qrmc_runtime::bench::{CHUNK, Speed, read_bandwidth, speed};
+use qrmc_runtime::bench::{Speed, read_bandwidth, speed};
+use qrmc_runtime::session::CHUNK;
 use serde_json::json;
 
 use crate::cli::BenchArgs;

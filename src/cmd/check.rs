@@ -9,11 +9,11 @@ use crate::model;
 use crate::ui::Ui;
 
 pub(crate) fn run(args: &CheckArgs, ui: &Ui) -> Result<(), Failure> {
-    let engine = super::engine(&args.machine)?;
-    let model = model::open(&args.model, &engine)?;
     if !args.parity {
         return Err(Failure::usage("nothing to check was named").hint("give --parity"));
     }
+    let engine = super::engine(&args.machine)?;
+    let model = model::open(&args.model, &engine)?;
     let parity =
         Parity::of_model(&engine, &model.module, &*model.weights, args.tokens, args.seed, Extent::ALL)?;
     if ui.json() {

@@ -171,12 +171,9 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     write_files(&mut writer, fake.as_ref(), &model, &plan.module, &recipe)?;
     let pipeline = unit.module.history.clone();
     let manifest = finish(writer, args.emit, source, pipeline)?;
-    summary.written = match args.emit {
-        Emit::Packed if settings.check => written_gap(&output, &unit, &engine, &settings, &summary.reports)?,
-        _ => None,
-    };
     if args.emit == Emit::Packed && settings.check {
         let artefact = model::open(&output.folder(), &engine)?;
+        summary.written = written_gap(&artefact, &unit, &engine, &settings, &summary.reports)?;
         let parity = Parity::of_model(
             &engine,
             &artefact.module,
@@ -203,7 +200,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
 
 /// How far what was written is from what was compiled, where a transform made it more than a copy of its parts.
 fn written_gap(
-    output: &Output,
+    written: &Model,
     unit: &Unit,
     engine: &CpuEngine,
     settings: &Settings,
@@ -212,7 +209,6 @@ fn written_gap(
     if !reports.iter().any(|r| matches!(r.preserves, Preserves::Within(_))) {
         return Ok(None);
     }
-    let written = model::open(&output.folder(), engine)?;
     let ids = seeded_tokens(settings.seed, CHECK_TOKENS, unit.module.facts.vocab);
     let compiled = (&unit.module, &unit.weights as &dyn WeightSource);
     let gap = compare_sourced(engine, compiled, (&written.module, &*written.weights), &ids)?;

@@ -159,7 +159,7 @@ pub(super) fn run(
     let mut lens: Vec<usize> = program.buffers.iter().map(|b| b.len(&dims)).collect();
     loaded.machine.spare.keep(&lens);
     for step in &program.steps {
-        let grows = state.grows_argument(step);
+        let grows = state.grown_argument(step).is_some();
         for (b, _) in step.outs.iter().filter(|_| !grows) {
             let (b, len) = (*b as usize, &mut lens[*b as usize]);
             // Buffers come to life at their first use.

@@ -33,19 +33,20 @@ impl Held<'_> {
 }
 
 impl<'a> State<'a, '_> {
-    /// Whether a step appends to a cache argument.
-    pub(super) fn grows_argument(&self, step: &Step) -> bool {
-        matches!(step.kernel, Kernel::Op(Op::CacheAppend) | Kernel::CacheAppend(_))
-            && matches!(step.ins.first(), Some((Arg::Param(p), _)) if matches!(self.args[*p as usize], Input::Cache(_)))
+    /// The cache argument that a step appends to, if that is what it does.
+    pub(super) fn grown_argument(&self, step: &Step) -> Option<usize> {
+        match (&step.kernel, step.ins.first()) {
+            (Kernel::Op(Op::CacheAppend) | Kernel::CacheAppend(_), Some((Arg::Param(p), _))) => {
+                let p = *p as usize;
+                matches!(self.args[p], Input::Cache(_)).then_some(p)
+            }
+            _ => None,
+        }
     }
 
     /// Appends to a cache argument, if that is what the step does.
     pub(super) fn append_in_place(&mut self, step: &'a Step) -> Result<bool, EngineError> {
-        if !self.grows_argument(step) {
-            return Ok(false);
-        }
-        let (Arg::Param(p), _) = step.ins[0] else { return Ok(false) };
-        let p = p as usize;
+        let Some(p) = self.grown_argument(step) else { return Ok(false) };
         // The cache is taken out while the operands are looked at.
         let Input::Cache(cache) = &mut self.args[p] else { return Ok(false) };
         let mut held = std::mem::replace(&mut **cache, KvCache::new(0, 0, 0, None));

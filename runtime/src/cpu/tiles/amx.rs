@@ -2,13 +2,12 @@
 #![allow(unsafe_code, reason = "AMX has no stable intrinsics; its instructions are written out")]
 
 use std::arch::asm;
-use std::ops::Range;
-
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::digits::Digits;
 use super::layout::{Tiles, every_line, unpack};
-use super::vnni::line;
+use super::vnni::{line, whole};
 use super::{ACROSS, LANES, LINE, PIECE, Shared, Sums};
 use crate::cpu::pool::Scratch;
 use crate::cpu::split::Tiles as Registers;
@@ -171,15 +170,12 @@ unsafe fn add_sums<const COUNT: usize, const BYTES: bool>(
                 sum
             }
         };
-        let low = _mm512_cvtepi32_ps(part(0));
-        let whole = if COUNT == 1 {
-            low
-        } else {
-            let high = _mm512_add_epi32(_mm512_slli_epi32::<8>(part(2)), part(1));
-            // The product is exact, so this rounds as a product and a sum do.
-            let whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0), low);
-            _mm512_mul_ps(whole, _mm512_set1_ps(steps.at(r, 0)))
-        };
+        let step = if COUNT == 1 { 1.0 } else { steps.at(r, 0) };
+        let mut parts = [_mm512_setzero_si512(); COUNT];
+        for (d, p) in parts.iter_mut().enumerate() {
+            *p = part(d);
+        }
+        let whole = whole(parts, step);
         // SAFETY: sixteen floats.
         unsafe {
             let sum = _mm512_add_ps(_mm512_loadu_ps(y.as_ptr()), _mm512_mul_ps(scales, whole));

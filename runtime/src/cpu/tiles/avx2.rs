@@ -43,16 +43,18 @@ unsafe fn rows<const M: usize, const COUNT: usize>(
 ) {
     let pieces = w.group.div_ceil(PIECE);
     let per_block = x.block.div_ceil(PIECE);
+    let mut rest = w.block_codes(block);
     for g in 0..w.groups() {
         for b in 0..x.blocks_of_group() {
             let mut acc = [[[_mm256_setzero_si256(); 2]; COUNT]; M];
             for i in b * per_block..pieces.min((b + 1) * per_block) {
-                let (stored, lines) = w.piece(block, g, i);
+                let (stored, lines, later) = w.next_piece(rest, i);
+                rest = later;
                 let at = g * x.padded_group() + i * PIECE;
                 let left: [[*const i8; COUNT]; M] = std::array::from_fn(|r| {
                     std::array::from_fn(|d| x.plane(first + r, d)[at..at + 4 * lines].as_ptr())
                 });
-                // SAFETY: the left side has four digits for each line; the pieces hold what `piece` says.
+                // SAFETY: the left side has four digits for each line; the pieces hold what `next_piece` says.
                 unsafe {
                     match (w.bits, lines == PIECE / 4) {
                         (4, true) => full::<M, COUNT, 4>(&mut acc, stored, left),

@@ -14,7 +14,7 @@ pub struct Tiles {
     pub(super) bits: u8,
     /// Neighbours along a row that share a scale; divides `k`.
     pub(super) group: usize,
-    /// By block of sixteen rows, group, and piece: see [`Tiles::piece`].
+    /// By block of sixteen rows, group, and piece: see [`Tiles::next_piece`].
     codes: Stored<u8>,
     /// By block, group and row; 0 for rows beyond the last.
     scales: Stored<f32>,
@@ -92,10 +92,12 @@ impl Tiles {
         assert!(row < self.n && out.len() == self.k, "row {row} of {}, {} columns", self.n, out.len());
         let (block, lane) = (row / LANES, row % LANES);
         let mut codes = [0; PIECE / 4 * LINE];
+        let mut rest = self.block_codes(block);
         for (g, out) in out.chunks_exact_mut(self.group).enumerate() {
             let (scale, zero) = (self.scales(block, g)[lane], f32::from(self.zero(block, g, lane)));
             for (i, out) in out.chunks_mut(PIECE).enumerate() {
-                let (stored, lines) = self.piece(block, g, i);
+                let (stored, lines, later) = self.next_piece(rest, i);
+                rest = later;
                 unpack(stored, lines, self.bits, &mut codes);
                 for (j, o) in out.iter_mut().enumerate() {
                     *o = scale * (f32::from(codes[j / 4 * LINE + 4 * lane + j % 4]) - zero);
@@ -112,25 +114,9 @@ impl Tiles {
         self.k / self.group
     }
 
-    fn group_bytes(&self) -> usize {
-        self.form().group_bytes()
-    }
-
     /// Bytes of the codes of sixteen rows.
     pub(super) fn block_bytes(&self) -> usize {
-        self.groups() * self.group_bytes()
-    }
-
-    /// Codes `64 i ..` of a group, for the rows of a block: the stored bytes and the lines that they hold.
-    ///
-    /// Line `l` holds the codes `4 l .. 4 l + 4` of each row, row after row, a byte each; the last line is filled up with
-    /// codes that the left side multiplies by 0. A plane of `p` bits keeps the lines `s`, `s + t`, `s + 2 t`, … in the
-    /// bits `0..p`, `p..2 p`, … of its line `s < t`.
-    #[inline(always)]
-    pub(super) fn piece(&self, block: usize, group: usize, i: usize) -> (&[u8], usize) {
-        let lines = (self.group - i * PIECE).min(PIECE).div_ceil(4);
-        let at = self.piece_at(block, group, i);
-        (&self.codes[at..at + piece_bytes(lines, self.bits)], lines)
+        self.form().block_bytes()
     }
 
     /// All pieces of a block, one after another.
@@ -140,16 +126,16 @@ impl Tiles {
         &self.codes[block * each..(block + 1) * each]
     }
 
-    /// The first piece of `rest`, which is number `i` of its group, its lines, and what follows.
+    /// The first piece of `rest`, which is number `i` of its group, the lines that it holds, and what follows.
+    ///
+    /// It is the codes `64 i ..` of the group for the rows of the block. Line `l` holds the codes `4 l .. 4 l + 4` of each row,
+    /// row after row, a byte each; the last line is filled up with codes that the left side multiplies by 0. A plane of `p`
+    /// bits keeps the lines `s`, `s + t`, `s + 2 t`, … in the bits `0..p`, `p..2 p`, … of its line `s < t`.
     #[inline(always)]
     pub(super) fn next_piece<'a>(&self, rest: &'a [u8], i: usize) -> (&'a [u8], usize, &'a [u8]) {
         let lines = (self.group - i * PIECE).min(PIECE).div_ceil(4);
         let (now, later) = rest.split_at(piece_bytes(lines, self.bits));
         (now, lines, later)
-    }
-
-    fn piece_at(&self, block: usize, group: usize, i: usize) -> usize {
-        block * self.block_bytes() + group * self.group_bytes() + i * piece_bytes(PIECE / 4, self.bits)
     }
 
     /// Scales of the rows of a block.

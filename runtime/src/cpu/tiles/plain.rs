@@ -33,11 +33,13 @@ fn sums<const COUNT: usize>(p: Plain<'_>) {
     let mut codes = [0u8; PIECE / 4 * LINE];
     let pieces = w.group.div_ceil(PIECE);
     let per_block = x.block.div_ceil(PIECE);
+    let mut rest = w.block_codes(block);
     for g in 0..w.groups() {
         for b in 0..x.blocks_of_group() {
             let mut acc = [[[0i32; LANES]; COUNT]; ROWS];
             for i in b * per_block..pieces.min((b + 1) * per_block) {
-                let (stored, lines) = w.piece(block, g, i);
+                let (stored, lines, later) = w.next_piece(rest, i);
+                rest = later;
                 unpack(stored, lines, w.bits, &mut codes);
                 let at = g * x.padded_group() + i * PIECE;
                 for (r, acc) in acc.iter_mut().enumerate().take(y.len()) {
