@@ -86,18 +86,23 @@ impl Shared<'_> {
     unsafe fn put(&self, x: &Digits, block: usize, first: usize, y: &[Sums]) {
         let (n, at) = (self.w.n, block * LANES);
         let lanes = LANES.min(n - at);
+        let weighted = self.w.weighted(block);
+        let mut bias = [0.0; LANES];
+        if let Some(all) = self.bias {
+            bias[..lanes].copy_from_slice(&all[at..at + lanes]);
+        }
         for (r, y) in y.iter().enumerate() {
             // SAFETY: promised by the caller.
             let out = unsafe { self.out.part((first + r) * n + at, lanes) };
             let (shift, scale) = x.finish(first + r);
-            let weighted = self.w.weighted(block);
             let mut done = [0.0; LANES];
             for lane in 0..LANES {
-                done[lane] = (y[lane] + shift * weighted[lane]) * scale;
+                done[lane] = (y[lane] + shift * weighted[lane]) * scale + bias[lane];
             }
-            out.copy_from_slice(&done[..lanes]);
-            if let Some(bias) = self.bias {
-                out.iter_mut().zip(&bias[at..]).for_each(|(y, b)| *y += b);
+            // A copy of a length that is known is one store.
+            match out.as_mut_array::<LANES>() {
+                Some(out) => *out = done,
+                None => out.copy_from_slice(&done[..lanes]),
             }
         }
     }

@@ -360,26 +360,29 @@ impl<C, F: Fn(i32) -> C> Kernel for Quantize<'_, C, F> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Quantize { x, y, q, run, spec, code } = self;
+        let (least, most) = (spec.qmin(), spec.qmax());
         for ((x, y), q) in x.chunks(run).zip(y.chunks_mut(run)).zip(q) {
             // That of a scale beyond all others is no inverse any more, and nothing is sure then.
             let inverse = Some(1.0 / q.scale).filter(|i| i.is_normal()).unwrap_or(f32::NAN);
             let (x, x_rest) = x.as_chunks::<SPAN>();
             let (y, y_rest) = y.as_chunks_mut::<SPAN>();
             for (x, y) in x.iter().zip(y) {
-                let mut whole = [0f32; SPAN];
-                let mut unsure = false;
-                for i in 0..SPAN {
-                    let t = x[i] * inverse;
-                    whole[i] = t.round_ties_even();
+                let mut codes = [0i32; SPAN];
+                let mut unsure = 0;
+                for (c, &x) in codes.iter_mut().zip(x) {
+                    let t = x * inverse;
+                    // Rounds half to even, and leaves the whole number in the low bits.
+                    let moved = t + ROUND;
                     // Not so for NaN.
-                    let sure = t.abs() < LARGEST && (t - whole[i]).abs() < 0.5 - MARGIN;
-                    unsure |= !sure;
+                    let sure = t.abs() < LARGEST && (t - (moved - ROUND)).abs() < 0.5 - MARGIN;
+                    unsure |= i32::from(!sure);
+                    let whole = moved.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+                    *c = whole.wrapping_add(q.zero).clamp(least, most);
                 }
-                if unsure {
-                    y.iter_mut().zip(x).for_each(|(y, x)| *y = code(grid::quantize(*x, *q, spec)));
+                if unsure == 0 {
+                    y.iter_mut().zip(codes).for_each(|(y, c)| *y = code(c));
                 } else {
-                    let clamped = |t: f32| (t as i32 + q.zero).clamp(spec.qmin(), spec.qmax());
-                    y.iter_mut().zip(whole).for_each(|(y, t)| *y = code(clamped(t)));
+                    y.iter_mut().zip(x).for_each(|(y, x)| *y = code(grid::quantize(*x, *q, spec)));
                 }
             }
             y_rest.iter_mut().zip(x_rest).for_each(|(y, x)| *y = code(grid::quantize(*x, *q, spec)));
@@ -393,3 +396,5 @@ const SPAN: usize = 32;
 /// units in the last place, which are `2^-14` each at most.
 const LARGEST: f32 = 512.0;
 const MARGIN: f32 = 1.0 / 4096.0;
+/// `1.5 * 2^23`: the last place of a sum with it is 1.
+const ROUND: f32 = 12_582_912.0;

@@ -32,8 +32,10 @@ struct Job<'a> {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    /// All threads, the caller's included.
+    threads: u64,
     /// Number of the job in the upper half, tasks that nobody has taken in the lower half. A task is taken by counting
     /// this down, so nobody takes one of a job that is over.
     state: AtomicU64,
@@ -53,6 +55,8 @@ struct Sleep {
 }
 
 const TASKS: u64 = u32::MAX as u64;
+/// What is left is taken in this many parts for each thread.
+const SHARES: u64 = 2;
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
@@ -61,7 +65,16 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Crew {
     /// Starts `count` threads.
     pub(super) fn start(count: usize) -> std::io::Result<Self> {
-        let mut crew = Crew { shared: Arc::default(), threads: Vec::new() };
+        let shared = Shared {
+            threads: count as u64 + 1,
+            state: AtomicU64::default(),
+            job: AtomicPtr::default(),
+            turn: Mutex::default(),
+            sleep: Mutex::default(),
+            wake: Condvar::default(),
+            sleepers: AtomicUsize::default(),
+        };
+        let mut crew = Crew { shared: Arc::new(shared), threads: Vec::new() };
         for i in 0..count {
             let shared = crew.shared.clone();
             let name = format!("qrmc-cpu-{}", i + 1);
@@ -120,28 +133,34 @@ impl Shared {
         }
     }
 
-    /// Takes a task and does it; `false` if there was none.
+    /// Takes some tasks and does them; `false` if there were none.
     fn work(&self) -> bool {
         let mut state = self.state.load(Ordering::Acquire);
-        loop {
-            if state & TASKS == 0 {
+        let taken = loop {
+            let left = state & TASKS;
+            if left == 0 {
                 return false;
             }
-            match self.state.compare_exchange_weak(state, state - 1, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => break,
+            // Many while there are many, so that the threads seldom meet here, and one at the end, so that they end together.
+            let taken = (left / (SHARES * self.threads)).max(1);
+            match self.state.compare_exchange_weak(state, state - taken, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => break taken,
                 Err(now) => state = now,
             }
-        }
-        // SAFETY: a task of the job was taken and is not done, so its caller waits and the job lives; the pointer was stored
+        };
+        // SAFETY: tasks of the job were taken and are not done, so its caller waits and the job lives; the pointer was stored
         // before the state that was read.
         let job = unsafe { &*self.job.load(Ordering::Relaxed).cast::<Job<'_>>() };
-        let index = job.count - (state & TASKS) as usize;
+        let first = job.count - (state & TASKS) as usize;
         let before = AT_WORK.replace(true);
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.task)(index))) {
-            lock(&job.panic).get_or_insert(panic);
+        for index in first..first + taken as usize {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.task)(index))) {
+                lock(&job.panic).get_or_insert(panic);
+            }
         }
         AT_WORK.set(before);
-        job.done.fetch_add(1, Ordering::Release);
+        job.done.fetch_add(taken as usize, Ordering::Release);
         true
     }
 
