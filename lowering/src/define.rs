@@ -2,7 +2,8 @@
 
 use qrmc_ir::{BinaryOp, Builder, Diag, Elem, Func, Module, Op, UnaryOp, ValueId};
 
-use crate::program::{CacheForm, CacheRead, Kernel, LinearPart, Step};
+use crate::kernel::{CacheForm, CacheRead, Kernel, LinearPart};
+use crate::program::Step;
 
 impl Step {
     /// The step as a function of its operands; its results are those of the step.
@@ -11,40 +12,8 @@ impl Step {
     /// If the operands do not fit, which lowering does not write.
     pub fn define(&self, module: &Module) -> Result<Func, Diag> {
         let (mut b, ins) = self.params(module);
-        let b = &mut b;
-        let results = match &self.kernel {
-            Kernel::Linear(parts) => linear(b, parts, &ins, |_, x| Ok(x), |_, w| Ok(w))?,
-            Kernel::Quantize(spec, rule) => {
-                let mut sides = b.op(Op::QParams(*spec, *rule), &ins)?;
-                let args: Vec<ValueId> = ins[..1].iter().chain(&sides).copied().collect();
-                sides.push(b.op1(Op::QCast(*spec), &args)?);
-                sides
-            }
-            Kernel::CacheAppend(form) => vec![append(b, form, &ins)?],
-            Kernel::Map { steps, .. } => {
-                let mut values = ins;
-                for (op, args) in steps {
-                    let args: Vec<ValueId> = args.iter().map(|&a| values[a]).collect();
-                    values.push(b.op1(op.clone(), &args)?);
-                }
-                values.pop().into_iter().collect()
-            }
-            Kernel::OuterMiddle => {
-                let (x, y) = (b.swap_last(ins[0])?, b.swap_last(ins[1])?);
-                b.op(Op::Outer, &[x, y])?
-            }
-            Kernel::OnGrid { .. } => vec![product(b, ins[0], ins[1])?],
-            Kernel::Bf16(op) => {
-                let mut rounded = Vec::new();
-                for v in ins {
-                    let half = b.op1(Op::Cast(Elem::BF16), &[v])?;
-                    rounded.push(b.op1(Op::Cast(Elem::F32), &[half])?);
-                }
-                b.op(op.clone(), &rounded)?
-            }
-            Kernel::Op(op) => b.op(op.clone(), &ins)?,
-        };
-        Ok(std::mem::replace(b, Builder::new(module, "")).finish(&results))
+        let results = kernel(&mut b, &self.kernel, ins)?;
+        Ok(b.finish(&results))
     }
 
     /// For a step of linear layers, the same with the magnitudes of all factors: the size of what is summed, which floats that
@@ -78,6 +47,57 @@ impl Step {
     }
 }
 
+/// What a kernel computes from its operands.
+fn kernel(b: &mut Builder<'_>, kernel: &Kernel, ins: Vec<ValueId>) -> Result<Vec<ValueId>, Diag> {
+    Ok(match kernel {
+        Kernel::Linear(parts) => linear(b, parts, &ins, |_, x| Ok(x), |_, w| Ok(w))?,
+        Kernel::Quantize(spec, rule) => {
+            let mut sides = b.op(Op::QParams(*spec, *rule), &ins)?;
+            let args: Vec<ValueId> = ins[..1].iter().chain(&sides).copied().collect();
+            sides.push(b.op1(Op::QCast(*spec), &args)?);
+            sides
+        }
+        Kernel::CacheAppend(form) => vec![append(b, form, &ins)?],
+        Kernel::Map { steps, .. } => {
+            let mut values = ins;
+            for (op, args) in steps {
+                let args: Vec<ValueId> = args.iter().map(|&a| values[a]).collect();
+                values.push(b.op1(op.clone(), &args)?);
+            }
+            values.pop().into_iter().collect()
+        }
+        Kernel::Rows { steps, outs, .. } => {
+            let mut values = ins;
+            for step in steps {
+                let mut args = Vec::new();
+                for (v, ty) in &step.ins {
+                    let same = b.ty(values[*v]).shape == ty.shape;
+                    args.push(match same {
+                        true => values[*v],
+                        false => b.op1(Op::Reshape(ty.shape.clone()), &[values[*v]])?,
+                    });
+                }
+                values.extend(self::kernel(b, &step.kernel, args)?);
+            }
+            outs.iter().map(|&v| values[v]).collect()
+        }
+        Kernel::OuterMiddle => {
+            let (x, y) = (b.swap_last(ins[0])?, b.swap_last(ins[1])?);
+            b.op(Op::Outer, &[x, y])?
+        }
+        Kernel::OnGrid { .. } => vec![product(b, ins[0], ins[1])?],
+        Kernel::Bf16(op) => {
+            let mut rounded = Vec::new();
+            for v in ins {
+                let half = b.op1(Op::Cast(Elem::BF16), &[v])?;
+                rounded.push(b.op1(Op::Cast(Elem::F32), &[half])?);
+            }
+            b.op(op.clone(), &rounded)?
+        }
+        Kernel::Op(op) => b.op(op.clone(), &ins)?,
+    })
+}
+
 /// Linear layers, of what `of_x` makes of their input, and `of` of their weights and biases.
 fn linear(
     b: &mut Builder<'_>,
@@ -92,14 +112,12 @@ fn linear(
     let mut out = Vec::new();
     for p in parts {
         let w = of(b, ins[p.weight])?;
-        let y = product(b, x, w)?;
-        out.push(match p.bias {
-            None => y,
-            Some(at) => {
-                let bias = of(b, ins[at])?;
-                b.binary(BinaryOp::Add, y, bias)?
-            }
-        });
+        let mut y = product(b, x, w)?;
+        for at in p.bias.into_iter().chain(p.add) {
+            let added = of(b, ins[at])?;
+            y = b.binary(BinaryOp::Add, y, added)?;
+        }
+        out.push(y);
     }
     Ok(out)
 }

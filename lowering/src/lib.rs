@@ -2,13 +2,13 @@
 
 pub mod artefact;
 mod define;
+mod kernel;
 mod lower;
 pub mod materialize;
 mod program;
 mod target;
 
-pub use lower::{lower, lower_func, weight_order};
-pub use program::{
-    Arg, Buffer, CacheForm, CacheRead, Const, Kernel, Layout, LinearPart, Program, Size, Spread, Step,
-};
+pub use kernel::{CacheForm, CacheRead, Kernel, LinearPart, RowStep, Spread};
+pub use lower::{host_elem, lower, lower_func, weight_order};
+pub use program::{Arg, Buffer, Const, Layout, Program, Size, Step};
 pub use target::{Cpu, Legality, TARGETS, Target};

@@ -3,6 +3,7 @@
 
 mod cache;
 mod fuse;
+mod rows;
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,7 +12,8 @@ use qrmc_ir::{
     extract, infer, rewrite,
 };
 
-use crate::program::{Arg, Buffer, Const, Kernel, Layout, Program, Size, Step};
+use crate::kernel::Kernel;
+use crate::program::{Arg, Buffer, Const, Layout, Program, Size, Step};
 use crate::target::{Legality, Target};
 use cache::Cached;
 use fuse::Fused;
@@ -39,6 +41,8 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
     let hoist = !legal.params.is_empty();
     let derived = if hoist { derived } else { vec![false; legal.value_count()] };
     let kernels = fuse::kernels(&legal, |v| derived[v.0 as usize] || legal.as_weight(v).is_some(), target);
+    let alias = reshaped(&legal);
+    let kernels = rows::joined(&legal, kernels, &alias, target);
     let mut l = Lowering {
         func: &legal,
         derived,
@@ -56,7 +60,7 @@ pub fn lower_func(module: &Module, func: &Func, target: &dyn Target) -> Result<P
             steps: Vec::new(),
             results: Vec::new(),
         },
-        plan: Plan::of(&legal, &kernels),
+        plan: Plan::of(&legal, &kernels, alias),
     };
     l.program.weights = l.weights.iter().map(|(_, ty)| ty.clone()).collect();
     l.run(kernels);
@@ -203,6 +207,15 @@ fn tiled(kernels: &[Fused]) -> HashSet<ValueId> {
     multiplied
 }
 
+/// For each value, the one that it is another shape of.
+fn reshaped(func: &Func) -> Vec<ValueId> {
+    let mut alias: Vec<ValueId> = func.value_ids().collect();
+    for node in func.nodes.iter().filter(|n| matches!(n.op, Op::Reshape(_))) {
+        alias[node.outs[0].0 as usize] = alias[node.ins[0].0 as usize];
+    }
+    alias
+}
+
 /// When buffers are free: for each value, the last kernel that reads it, and the value whose buffer it shares.
 struct Plan {
     last_use: Vec<usize>,
@@ -210,11 +223,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(func: &Func, kernels: &[Fused]) -> Self {
-        let mut alias: Vec<ValueId> = func.value_ids().collect();
-        for node in func.nodes.iter().filter(|n| matches!(n.op, Op::Reshape(_))) {
-            alias[node.outs[0].0 as usize] = alias[node.ins[0].0 as usize];
-        }
+    fn of(func: &Func, kernels: &[Fused], alias: Vec<ValueId>) -> Self {
         let mut last_use = vec![0; func.value_count()];
         for (n, kernel) in kernels.iter().enumerate() {
             for v in kernel.ins.iter().chain(&kernel.outs) {
@@ -330,7 +339,7 @@ impl Lowering<'_> {
 }
 
 /// The element type in which a value lives in host memory.
-fn host_elem(elem: Elem) -> Elem {
+pub fn host_elem(elem: Elem) -> Elem {
     match elem {
         Elem::F16 | Elem::BF16 | Elem::F32 => Elem::F32,
         Elem::Quant(q) if q.signed => Elem::I8,

@@ -26,6 +26,10 @@ pub trait Target: Sync {
 
     /// Whether the target multiplies the codes of an activation with those of a packed weight.
     fn multiplies(&self, x: QuantSpec, w: QuantSpec) -> bool;
+
+    /// Whether the target computes a row `[b, s]` of the results of `op` from that row of its operands, with the same bits
+    /// whatever rows are computed with it.
+    fn by_rows(&self, op: &Op, ins: &[&TensorType]) -> bool;
 }
 
 /// CPU: portable kernels with AVX2 and AVX-512 forms chosen at run time.
@@ -63,7 +67,26 @@ impl Target for Cpu {
     fn multiplies(&self, x: QuantSpec, w: QuantSpec) -> bool {
         x.grain == Grain::Token && matches!(w.grain, Grain::Tensor | Grain::Row | Grain::Group(_))
     }
+
+    fn by_rows(&self, op: &Op, ins: &[&TensorType]) -> bool {
+        match op {
+            Op::RmsNorm(_) | Op::Silu | Op::Unary(_) | Op::Binary(_) => true,
+            Op::Rope(_) => ins[0].shape.0[0] != Dim::Fixed(1),
+            Op::FakeQuant(spec, _) => matches!(spec.grain, Grain::Group(_) | Grain::Token),
+            // Larger matrices are products whose order depends on the number of rows.
+            Op::ModeMul { inner } => {
+                *inner > 1 || matches!(ins[1].shape.last(), Some(Dim::Fixed(n)) if n <= MODE)
+            }
+            Op::Hadamard { block, .. } => {
+                block.is_power_of_two() || qrmc_ir::hadamard::core_order(*block).is_some_and(|k| k < *block)
+            }
+            _ => false,
+        }
+    }
 }
+
+/// Sides of the matrices of a mode product of neighbours that are multiplied in registers.
+const MODE: u64 = 64;
 
 /// Every target, in the order of `qrmc targets`.
 pub const TARGETS: [&dyn Target; 1] = [&Cpu];

@@ -2,7 +2,8 @@
 
 use qrmc_ir::{BinaryOp, Dim, Elem, Func, Node, Op, ValueId};
 
-use crate::program::{CacheForm, CacheRead, is_bias_add};
+use crate::kernel::{CacheForm, CacheRead};
+use crate::program::is_bias_add;
 
 /// What a cache that keeps codes is made of.
 pub(super) struct Cached {

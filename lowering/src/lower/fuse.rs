@@ -1,9 +1,12 @@
 //! Operations that are computed where their results are read.
 
-use qrmc_ir::{Elem, Func, Grain, Node, Op, QuantSpec, Rule, Shape, TensorType, UnaryOp, ValueId};
+use std::collections::HashMap;
+
+use qrmc_ir::{BinaryOp, Elem, Func, Grain, Node, Op, QuantSpec, Rule, Shape, TensorType, UnaryOp, ValueId};
 
 use super::cache::Cached;
-use crate::program::{CacheForm, Kernel, LinearPart, Spread, is_bias_add};
+use crate::kernel::{CacheForm, Kernel, LinearPart, Spread};
+use crate::program::is_bias_add;
 use crate::target::Target;
 
 /// Nodes between an elementwise operation and the end of its chain over which it does not matter what stays in memory.
@@ -52,11 +55,14 @@ pub(super) fn kernels(func: &Func, constant: impl Fn(ValueId) -> bool, target: &
                     continue;
                 }
                 linear[m] = true;
-                let (add, bias) = places.bias[m].unzip();
-                parts.push(LinearPart { weight: ins.len(), bias: bias.map(|_| ins.len() + 1) });
+                let weight = ins.len();
                 ins.push(other.ins[1]);
-                ins.extend(bias);
-                outs.extend(add.map_or(&other.outs, |add| &func.nodes[add].outs));
+                let [bias, add] = [places.after[m].bias, places.after[m].add].map(|added| {
+                    ins.extend(added.map(|(_, v)| v));
+                    added.map(|_| ins.len() - 1)
+                });
+                parts.push(LinearPart { weight, bias, add });
+                outs.extend(&func.nodes[places.after[m].last(m)].outs);
             }
             if !parts.is_empty() {
                 out.push(Fused { kernel: Kernel::Linear(parts), ins, outs });
@@ -80,13 +86,29 @@ pub(super) fn kernels(func: &Func, constant: impl Fn(ValueId) -> bool, target: &
     out
 }
 
+/// Additions that go with a product: the nodes, and what they add.
+#[derive(Clone, Copy, Default)]
+struct After {
+    /// A vector.
+    bias: Option<(usize, ValueId)>,
+    /// As large as the product.
+    add: Option<(usize, ValueId)>,
+}
+
+impl After {
+    /// The node that gives the result of the product `n`.
+    fn last(self, n: usize) -> usize {
+        self.add.or(self.bias).map_or(n, |(at, _)| at)
+    }
+}
+
 /// Which nodes are computed by the kernel of another.
 struct Places {
     elsewhere: Vec<bool>,
     /// For each node that is one of elementwise operations in a row, the last of them, which is computed in its place.
     chain: Vec<Option<usize>>,
-    /// For each product that a bias is added to, the addition and the bias.
-    bias: Vec<Option<(usize, ValueId)>>,
+    /// What is added to each product on the way.
+    after: Vec<After>,
     /// For each `qcast`, the `qparams` that nothing before it reads, and whose work goes with it.
     params: Vec<Option<usize>>,
 }
@@ -98,14 +120,27 @@ impl Places {
             [n] if !func.results.contains(&v) => Some(n),
             _ => None,
         };
-        let bias = |node: &Node| {
-            let [y] = node.outs[..] else { return None };
-            let n = only_reader(y).filter(|_| is_linear(func, node, constant))?;
-            let next = &func.nodes[n];
-            let bias = *next.ins.iter().find(|v| **v != y)?;
-            (is_bias_add(&next.op, func.ty(bias), func.ty(y)) && constant(bias)).then_some((n, bias))
+        // The addition that alone reads `y`, and what it adds.
+        let added = |y: ValueId| {
+            let n = only_reader(y).filter(|&n| func.nodes[n].op == Op::Binary(BinaryOp::Add))?;
+            Some((n, *func.nodes[n].ins.iter().find(|v| **v != y)?))
         };
-        let bias: Vec<Option<(usize, ValueId)>> = func.nodes.iter().map(bias).collect();
+        // Products of one left side are computed where the first of them is.
+        let mut firsts: HashMap<Vec<ValueId>, usize> = HashMap::new();
+        let after = |(n, node): (usize, &Node)| {
+            let Some(left) = linear_left(func, node, constant, target) else { return After::default() };
+            let first = *firsts.entry(left).or_insert(n);
+            let y = node.outs[0];
+            let is_bias = |&(at, v): &(usize, ValueId)| {
+                is_bias_add(&func.nodes[at].op, func.ty(v), func.ty(y)) && constant(v)
+            };
+            let bias = added(y).filter(is_bias);
+            let y = bias.map_or(y, |(at, _)| func.nodes[at].outs[0]);
+            let there = |v: ValueId| func.nodes[first..].iter().all(|n| !n.outs.contains(&v));
+            let add = added(y).filter(|&(_, v)| func.ty(v) == func.ty(y) && !constant(v) && there(v));
+            After { bias, add }
+        };
+        let after: Vec<After> = func.nodes.iter().enumerate().map(after).collect();
         let count = func.nodes.len();
         let params = |n: usize| {
             let node = &func.nodes[n];
@@ -123,9 +158,10 @@ impl Places {
                 read_later[n] = true;
             }
         }
-        let mut out = Places { elsewhere: vec![false; count], chain: vec![None; count], bias, params };
-        for n in out.bias.iter().flatten().map(|(n, _)| n).chain(out.params.iter().flatten()) {
-            out.elsewhere[*n] = true;
+        let mut out = Places { elsewhere: vec![false; count], chain: vec![None; count], after, params };
+        let added = out.after.iter().flat_map(|a| a.bias.into_iter().chain(a.add)).map(|(n, _)| n);
+        for n in added.chain(out.params.iter().flatten().copied()) {
+            out.elsewhere[n] = true;
         }
         for (n, node) in func.nodes.iter().enumerate().rev() {
             let [v] = node.outs[..] else { continue };

@@ -21,6 +21,7 @@ pub mod pool;
 pub mod reduce;
 mod reduce_middle;
 pub mod rope;
+pub mod rows;
 pub mod simd;
 mod small;
 #[cfg(target_arch = "x86_64")]

@@ -15,6 +15,8 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use super::pool::{Pool, Scratch, SharedMut};
 use super::simd::{Kernel, Lanes};
 use path::Kind;
@@ -66,6 +68,8 @@ pub struct Part<'a> {
     pub w: &'a Tiles,
     /// Added to each row of the product, `[n]`.
     pub bias: Option<&'a [f32]>,
+    /// Added to the product, after the bias, `[m, n]`.
+    pub add: Option<&'a [f32]>,
     /// `[m, n]`
     pub out: &'a mut [f32],
 }
@@ -74,6 +78,9 @@ pub struct Part<'a> {
 struct Shared<'a> {
     w: &'a Tiles,
     bias: Option<&'a [f32]>,
+    add: Option<&'a [f32]>,
+    /// Blocks that one task takes.
+    at_once: usize,
     out: SharedMut<'a, f32>,
 }
 
@@ -99,6 +106,10 @@ impl Shared<'_> {
             for lane in 0..LANES {
                 done[lane] = (y[lane] + shift * weighted[lane]) * scale + bias[lane];
             }
+            if let Some(add) = self.add {
+                let add = &add[(first + r) * n + at..][..lanes];
+                done.iter_mut().zip(add).for_each(|(y, a)| *y += a);
+            }
             // A copy of a length that is known is one store.
             match out.as_mut_array::<LANES>() {
                 Some(out) => *out = done,
@@ -119,6 +130,7 @@ pub fn product(pool: &Pool, path: IntPath, x: &Digits, parts: &mut [Part<'_>], s
         assert_eq!((x.group, x.groups), (p.w.group, p.w.groups()), "groups of the two sides of a product");
         assert_eq!(p.out.len(), m * n, "output of a product [{m}, {n}]");
         assert!(p.bias.is_none_or(|b| b.len() == n), "bias of a product [{m}, {n}]");
+        assert!(p.add.is_none_or(|a| a.len() == m * n), "what is added to a product [{m}, {n}]");
     }
     if m == 0 {
         return;
@@ -128,15 +140,23 @@ pub fn product(pool: &Pool, path: IntPath, x: &Digits, parts: &mut [Part<'_>], s
     #[cfg(not(target_arch = "x86_64"))]
     let unit = false;
     let at_once = |w: &Tiles| if unit { ACROSS } else { TASK.div_ceil(w.block_bytes().max(1)) };
-    let tasks = |w: &Tiles| w.blocks().div_ceil(at_once(w));
-    let parts: Vec<Shared<'_>> =
-        parts.iter_mut().map(|p| Shared { w: p.w, bias: p.bias, out: SharedMut::new(&mut *p.out) }).collect();
-    pool.for_each(parts.iter().map(|p| tasks(p.w)).sum(), |mut task| {
+    let tasks = |p: &Shared<'_>| p.w.blocks().div_ceil(p.at_once);
+    let parts: SmallVec<[Shared<'_>; 4]> = parts
+        .iter_mut()
+        .map(|p| Shared {
+            w: p.w,
+            bias: p.bias,
+            add: p.add,
+            at_once: at_once(p.w),
+            out: SharedMut::new(&mut *p.out),
+        })
+        .collect();
+    pool.for_each(parts.iter().map(tasks).sum(), |mut task| {
         for p in &parts {
-            let count = tasks(p.w);
+            let count = tasks(p);
             if task < count {
-                let from = task * at_once(p.w);
-                let blocks = from..p.w.blocks().min(from + at_once(p.w));
+                let from = task * p.at_once;
+                let blocks = from..p.w.blocks().min(from + p.at_once);
                 // SAFETY: each block is in one task.
                 unsafe { run(path, unit, x, p, blocks, scratch) };
                 return;

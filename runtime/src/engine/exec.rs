@@ -1,6 +1,6 @@
 //! Running a program: operands are found, kernels called, results taken out.
 
-use qrmc_ir::{Data, Diag, Dim, DimEnv, EngineError, Op, Place, Sym, Tensor, TensorType};
+use qrmc_ir::{Data, Diag, Dim, DimEnv, Elem, EngineError, Op, Place, Sym, Tensor, TensorType};
 use qrmc_lowering::{Arg, Kernel, Step};
 use smallvec::SmallVec;
 
@@ -9,7 +9,8 @@ use super::consts::Constant;
 use super::kv::head_of;
 use super::memory::{empty, grown};
 use super::prims::Out;
-use super::{Loaded, prims, products, quantize};
+use super::{Loaded, Machine, prims, products, quantize, rows};
+pub(super) use crate::cpu::rows::SliceMut;
 
 /// Sizes of an operand.
 pub(super) type Sizes = SmallVec<[usize; 6]>;
@@ -91,7 +92,7 @@ pub(super) fn wrong_kind() -> EngineError {
     EngineError::System("an operand has another storage than its kernel reads".into())
 }
 
-fn slice(d: &Data) -> Result<Slice<'_>, EngineError> {
+pub(super) fn slice(d: &Data) -> Result<Slice<'_>, EngineError> {
     Ok(match d {
         Data::F32(v) => Slice::F32(v),
         Data::I32(v) => Slice::I32(v),
@@ -168,6 +169,10 @@ pub(super) fn run(
                 *len = 0;
             }
         }
+        if let (Some(watch), Kernel::Rows { .. }) = (&mut watch, &step.kernel) {
+            state.rows_apart(step, &mut **watch)?;
+            continue;
+        }
         let Some(watch) = watch.as_mut().and_then(|w| if w.wants(step) { Some(w) } else { None }) else {
             state.step(step)?;
             continue;
@@ -235,7 +240,7 @@ impl<'a> State<'a, '_> {
     }
 
     /// Operands or results of a step as tensors.
-    fn seen<'t>(
+    pub(super) fn seen<'t>(
         &self,
         step: &Step,
         args: impl Iterator<Item = &'t (Arg, TensorType)>,
@@ -276,21 +281,20 @@ impl<'a> State<'a, '_> {
         Ok(Tensor::new(&x.shape[..], data))
     }
 
-    fn step(&mut self, step: &'a Step) -> Result<(), EngineError> {
+    pub(super) fn step(&mut self, step: &'a Step) -> Result<(), EngineError> {
         if let Kernel::Op(Op::Call(f)) = step.kernel {
             return self.call(step, f);
         }
         if self.append_in_place(step)? {
             return Ok(());
         }
-        let mut outs: SmallVec<[Out; 4]> = SmallVec::new();
-        for (b, ty) in &step.outs {
-            let data = std::mem::replace(&mut self.buffers[*b as usize], Data::U8(Vec::new()));
+        let mut results: SmallVec<[Data; 4]> = SmallVec::new();
+        for (b, _) in &step.outs {
+            results.push(std::mem::replace(&mut self.buffers[*b as usize], Data::U8(Vec::new())));
             self.cached[*b as usize] = None;
-            outs.push((self.sizes(ty), data));
         }
-        let done = self.kernel(step, &mut outs);
-        for ((b, _), (_, data)) in step.outs.iter().zip(outs) {
+        let done = self.compute(step, &mut results);
+        for ((b, _), data) in step.outs.iter().zip(results) {
             self.buffers[*b as usize] = data;
         }
         done
@@ -310,8 +314,15 @@ impl<'a> State<'a, '_> {
         Ok(())
     }
 
-    fn kernel(&self, step: &Step, outs: &mut [Out]) -> Result<(), EngineError> {
+    /// Runs a step into the buffers of its results.
+    fn compute(&self, step: &Step, results: &mut [Data]) -> Result<(), EngineError> {
         let m = &*self.loaded.machine;
+        let mut outs: SmallVec<[Out<'_>; 4]> = SmallVec::new();
+        for ((_, ty), data) in step.outs.iter().zip(results) {
+            let shape = self.sizes(ty);
+            let len: usize = shape.iter().product();
+            outs.push((shape, slice_mut(data, len)?));
+        }
         match &step.kernel {
             Kernel::Op(Op::Attention(a)) => return self.attention(a, step, &mut outs[0]),
             Kernel::CacheAppend(_) => return self.append_floats(step, &mut outs[0]),
@@ -321,22 +332,48 @@ impl<'a> State<'a, '_> {
         for (arg, ty) in &step.ins {
             ins.push(self.operand(*arg, ty)?);
         }
-        if let Kernel::Op(Op::AttentionGrad(a)) = &step.kernel {
-            return products::attention_grad(m, a, &ins, outs);
-        }
+        let types = |i: usize| step.ins[i].1.elem;
         match &step.kernel {
-            Kernel::Quantize(spec, rule) => quantize::quantize(m, (*spec, *rule), &ins, outs),
-            Kernel::Linear(parts) => products::linear(m, parts, step.ins[0].1.elem, &ins, outs),
-            Kernel::Op(
-                op @ (Op::QParams(..)
-                | Op::QCast(_)
-                | Op::DCast
-                | Op::FakeQuant(..)
-                | Op::FakeQuantGrad(..)
-                | Op::ClipRange(_)
-                | Op::ClipRangeGrad(_)),
-            ) => quantize::run(m, op, &step.ins, &ins, outs),
-            _ => prims::run(m, &step.kernel, &self.dims, &ins, &mut outs[0]),
+            Kernel::Rows { steps, outs: leaving, .. } => {
+                rows::run(m, &self.dims, (steps, leaving), &step.ins, &ins, outs)
+            }
+            kernel => dispatch(m, kernel, &self.dims, &types, &ins, &mut outs),
         }
+    }
+}
+
+pub(super) fn slice_mut(d: &mut Data, len: usize) -> Result<SliceMut<'_>, EngineError> {
+    Ok(match d {
+        Data::F32(v) => SliceMut::F32(&mut v[..len]),
+        Data::I32(v) => SliceMut::I32(&mut v[..len]),
+        Data::I8(v) => SliceMut::I8(&mut v[..len]),
+        Data::U8(v) => SliceMut::U8(&mut v[..len]),
+        Data::F64(_) => return Err(wrong_kind()),
+    })
+}
+
+/// Runs a kernel that needs nothing but operands; `elem` gives the types of these.
+pub(super) fn dispatch(
+    m: &Machine,
+    kernel: &Kernel,
+    dims: &DimEnv,
+    elem: &dyn Fn(usize) -> Elem,
+    ins: &[In<'_>],
+    outs: &mut [Out<'_>],
+) -> Result<(), EngineError> {
+    match kernel {
+        Kernel::Quantize(spec, rule) => quantize::quantize(m, (*spec, *rule), ins, outs),
+        Kernel::Linear(parts) => products::linear(m, parts, elem(0), ins, outs),
+        Kernel::Op(Op::AttentionGrad(a)) => products::attention_grad(m, a, ins, outs),
+        Kernel::Op(
+            op @ (Op::QParams(..)
+            | Op::QCast(_)
+            | Op::DCast
+            | Op::FakeQuant(..)
+            | Op::FakeQuantGrad(..)
+            | Op::ClipRange(_)
+            | Op::ClipRangeGrad(_)),
+        ) => quantize::run(m, op, elem(0), ins, outs),
+        _ => prims::run(m, kernel, dims, ins, &mut outs[0]),
     }
 }

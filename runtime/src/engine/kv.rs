@@ -109,7 +109,7 @@ impl<'a> State<'a, '_> {
     }
 
     /// Appends rows of codes to a tensor: as floats.
-    pub(super) fn append_floats(&self, step: &Step, out: &mut prims::Out) -> Result<(), EngineError> {
+    pub(super) fn append_floats(&self, step: &Step, out: &mut prims::Out<'_>) -> Result<(), EngineError> {
         let past = self.operand(step.ins[0].0, &step.ins[0].1)?;
         let Kernel::CacheAppend(form) = &step.kernel else { return Err(wrong_kind()) };
         let (batch, width) = (out.0[0], out.0[2]);
@@ -131,7 +131,7 @@ impl<'a> State<'a, '_> {
         &self,
         a: &AttnAttr,
         step: &Step,
-        out: &mut prims::Out,
+        out: &mut prims::Out<'_>,
     ) -> Result<(), EngineError> {
         let m = &*self.loaded.machine;
         let shape = AttnShape {

@@ -8,6 +8,7 @@ mod memory;
 mod prims;
 mod products;
 mod quantize;
+mod rows;
 mod turns;
 
 use std::collections::{HashMap, HashSet};

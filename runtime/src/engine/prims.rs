@@ -1,9 +1,9 @@
 //! Kernels that read dense operands.
 
-use qrmc_ir::{Data, DimEnv, EngineError, Op, ReduceOp, RopeAttr, UnaryOp};
+use qrmc_ir::{DimEnv, EngineError, Op, ReduceOp, RopeAttr, UnaryOp};
 use qrmc_lowering::{Kernel, Spread};
 
-use super::exec::{In, Sizes, Slice, wrong_kind};
+use super::exec::{In, Sizes, Slice, SliceMut, wrong_kind};
 use super::{Machine, products};
 use crate::cpu;
 
@@ -11,13 +11,12 @@ use crate::cpu;
 const CHUNK: usize = 32 * 1024;
 
 /// A result: its shape and room for its elements.
-pub(super) type Out = (Sizes, Data);
+pub(super) type Out<'a> = (Sizes, SliceMut<'a>);
 
 /// The elements of an `f32` result.
-pub(super) fn floats(out: &mut Out) -> Result<&mut [f32], EngineError> {
-    let len: usize = out.0.iter().product();
+pub(super) fn floats<'o>(out: &'o mut Out<'_>) -> Result<&'o mut [f32], EngineError> {
     match &mut out.1 {
-        Data::F32(v) => Ok(&mut v[..len]),
+        SliceMut::F32(v) => Ok(v),
         _ => Err(wrong_kind()),
     }
 }
@@ -27,7 +26,7 @@ pub(super) fn run(
     kernel: &Kernel,
     dims: &DimEnv,
     ins: &[In<'_>],
-    out: &mut Out,
+    out: &mut Out<'_>,
 ) -> Result<(), EngineError> {
     let (pool, isa) = (&m.pool, m.isa);
     let out_shape = out.0.clone();
@@ -37,7 +36,9 @@ pub(super) fn run(
         Kernel::OnGrid { casts, split } => products::on_grid(m, casts, *split, ins, out),
         Kernel::Map { ins: spread, steps } => map(m, spread, steps, ins, out),
         // These have other operands and results; the caller runs them.
-        Kernel::Quantize(..) | Kernel::Linear(_) | Kernel::CacheAppend(_) => Err(wrong_kind()),
+        Kernel::Quantize(..) | Kernel::Linear(_) | Kernel::CacheAppend(_) | Kernel::Rows { .. } => {
+            Err(wrong_kind())
+        }
         Kernel::Op(op) => match op {
             Op::Gather => gather(m, ins, out),
             Op::RmsNorm(eps) => {
@@ -175,7 +176,7 @@ fn map(
     spread: &[Spread],
     steps: &[(Op, Vec<usize>)],
     ins: &[In<'_>],
-    out: &mut Out,
+    out: &mut Out<'_>,
 ) -> Result<(), EngineError> {
     let n = out.0.last().copied().unwrap_or(1);
     let wide = ins.iter().map(In::widened).collect::<Result<Vec<_>, _>>()?;
@@ -220,7 +221,7 @@ fn in_vectors(op: UnaryOp) -> Option<cpu::UnaryOp> {
     })
 }
 
-fn unary(m: &Machine, op: UnaryOp, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+fn unary(m: &Machine, op: UnaryOp, x: &In<'_>, out: &mut Out<'_>) -> Result<(), EngineError> {
     let (x, y) = (x.widened()?, floats(out)?);
     match in_vectors(op) {
         Some(op) => cpu::unary(&m.pool, m.isa, op, &x, y),
@@ -232,7 +233,7 @@ fn unary(m: &Machine, op: UnaryOp, x: &In<'_>, out: &mut Out) -> Result<(), Engi
     Ok(())
 }
 
-fn gather(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+fn gather(m: &Machine, ins: &[In<'_>], out: &mut Out<'_>) -> Result<(), EngineError> {
     let (n, k) = (ins[0].shape[0], ins[0].shape[1]);
     let ids = ins[1].i32()?;
     if let Some(bad) = ids.iter().find(|i| usize::try_from(**i).map_or(true, |i| i >= n)) {
@@ -249,7 +250,7 @@ fn gather(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError>
     Ok(())
 }
 
-fn reduce(m: &Machine, op: ReduceOp, axis: usize, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+fn reduce(m: &Machine, op: ReduceOp, axis: usize, x: &In<'_>, out: &mut Out<'_>) -> Result<(), EngineError> {
     let data = x.widened()?;
     let data = &data[..];
     let n = x.shape[axis];
@@ -283,7 +284,7 @@ pub(super) fn broadcast_index(i: usize, common: &[usize], dims: &[usize]) -> usi
     at
 }
 
-fn rope(m: &Machine, attr: &RopeAttr, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+fn rope(m: &Machine, attr: &RopeAttr, ins: &[In<'_>], out: &mut Out<'_>) -> Result<(), EngineError> {
     let (x, pos) = (ins[0].widened()?, ins[1].i32()?);
     let width = out.0.last().copied().unwrap_or(1);
     let turns = m.turns.of(attr, pos)?;
@@ -295,7 +296,7 @@ fn rope(m: &Machine, attr: &RopeAttr, ins: &[In<'_>], out: &mut Out) -> Result<(
 }
 
 /// Repeats elements along the axes that have size 1, or are not there.
-fn broadcast(m: &Machine, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+fn broadcast(m: &Machine, x: &In<'_>, out: &mut Out<'_>) -> Result<(), EngineError> {
     let shape = out.0.clone();
     let (data, y) = (x.widened()?, floats(out)?);
     let skip = shape.len() - x.shape.len();
@@ -314,9 +315,8 @@ fn broadcast(m: &Machine, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> 
     Ok(())
 }
 
-fn cast(op: &Op, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
+fn cast(op: &Op, x: &In<'_>, out: &mut Out<'_>) -> Result<(), EngineError> {
     let Op::Cast(elem) = op else { return Err(wrong_kind()) };
-    let len: usize = out.0.iter().product();
     let wide: Vec<f32> = match x.data()? {
         Slice::I32(v) => v.iter().map(|&x| x as f32).collect(),
         Slice::I8(v) => v.iter().map(|&x| f32::from(x)).collect(),
@@ -324,18 +324,17 @@ fn cast(op: &Op, x: &In<'_>, out: &mut Out) -> Result<(), EngineError> {
         Slice::F32(_) | Slice::Const(_) => x.widened()?.into_owned(),
     };
     match &mut out.1 {
-        Data::F32(y) => {
+        SliceMut::F32(y) => {
             let round = |x: f32| match elem {
                 qrmc_ir::Elem::F16 => half::f16::from_f32(x).to_f32(),
                 qrmc_ir::Elem::BF16 => half::bf16::from_f32(x).to_f32(),
                 _ => x,
             };
-            y[..len].iter_mut().zip(wide).for_each(|(y, x)| *y = round(x));
+            y.iter_mut().zip(wide).for_each(|(y, x)| *y = round(x));
         }
-        Data::I32(y) => y[..len].iter_mut().zip(wide).for_each(|(y, x)| *y = x as i32),
-        Data::I8(y) => y[..len].iter_mut().zip(wide).for_each(|(y, x)| *y = x as i8),
-        Data::U8(y) => y[..len].iter_mut().zip(wide).for_each(|(y, x)| *y = x as u8),
-        Data::F64(_) => return Err(wrong_kind()),
+        SliceMut::I32(y) => y.iter_mut().zip(wide).for_each(|(y, x)| *y = x as i32),
+        SliceMut::I8(y) => y.iter_mut().zip(wide).for_each(|(y, x)| *y = x as i8),
+        SliceMut::U8(y) => y.iter_mut().zip(wide).for_each(|(y, x)| *y = x as u8),
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use qrmc_ir::{AttnAttr, Elem, EngineError, Op};
 use qrmc_lowering::LinearPart;
+use smallvec::SmallVec;
 
 use super::consts::Constant;
 use super::exec::{In, Slice, wrong_kind};
@@ -22,7 +23,7 @@ fn on_unit(
     op: &Op,
     ins: &[In<'_>],
     (a, b): (&[f32], &[f32]),
-    out: &mut Out,
+    out: &mut Out<'_>,
 ) -> Result<bool, EngineError> {
     let n = out.0.last().copied().unwrap_or(1);
     let (left, right, shape) = match op {
@@ -38,7 +39,7 @@ fn on_unit(
 }
 
 /// A product of factors that are rounded to bfloat16 first.
-pub(super) fn bf16(m: &Machine, op: &Op, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+pub(super) fn bf16(m: &Machine, op: &Op, ins: &[In<'_>], out: &mut Out<'_>) -> Result<(), EngineError> {
     let (a, b) = (ins[0].widened()?, ins[1].widened()?);
     if on_unit(m, Factors::Bf16, op, ins, (&a, &b), out)? {
         return Ok(());
@@ -60,7 +61,7 @@ pub(super) fn on_grid(
     casts: &[Op; 2],
     split: usize,
     ins: &[In<'_>],
-    out: &mut Out,
+    out: &mut Out<'_>,
 ) -> Result<(), EngineError> {
     let (factors, given) = ins.split_at(2);
     let (k, n) = (factors[1].shape[1], factors[1].shape[0]);
@@ -87,7 +88,7 @@ pub(super) fn linear(
     parts: &[LinearPart],
     elem: Elem,
     ins: &[In<'_>],
-    outs: &mut [Out],
+    outs: &mut [Out<'_>],
 ) -> Result<(), EngineError> {
     let side = match (elem, ins[0].data()?) {
         (Elem::Quant(spec), Slice::U8(codes)) => {
@@ -108,14 +109,16 @@ pub(super) fn linear(
             continue;
         };
         // Weights with groups of one length share the cut of the left side.
-        let mut biases = Vec::new();
+        let mut added: SmallVec<[_; 4]> = SmallVec::new();
         for p in parts {
-            biases.push(p.bias.map(|at| ins[at].widened()).transpose()?);
+            let floats = |at: Option<usize>| at.map(|at| ins[at].widened()).transpose();
+            added.push((floats(p.bias)?, floats(p.add)?));
         }
         let mut together = Vec::new();
         for (i, out) in outs.iter_mut().enumerate() {
             if let Some(w) = tiles(&parts[i]).filter(|w| !done[i] && w.group() == group) {
-                together.push(Part { w, bias: biases[i].as_deref(), out: floats(out)? });
+                let (bias, add) = &added[i];
+                together.push(Part { w, bias: bias.as_deref(), add: add.as_deref(), out: floats(out)? });
                 done[i] = true;
             }
         }
@@ -129,7 +132,7 @@ pub(super) fn linear(
 }
 
 /// `x wᵀ`, and a bias, for a weight that is no tiles.
-fn dense(m: &Machine, part: &LinearPart, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+fn dense(m: &Machine, part: &LinearPart, ins: &[In<'_>], out: &mut Out<'_>) -> Result<(), EngineError> {
     let (pool, isa, weight) = (&m.pool, m.isa, &ins[part.weight]);
     let (n, k) = (weight.shape[0], weight.shape[1]);
     let x = ins[0].f32()?;
@@ -145,18 +148,32 @@ fn dense(m: &Machine, part: &LinearPart, ins: &[In<'_>], out: &mut Out) -> Resul
     if !split {
         cpu::linear(pool, isa, x, (rows, k), &view, n, y, &m.scratch);
     }
-    let Some(bias) = part.bias else { return Ok(()) };
-    let bias = ins[bias].widened()?;
-    pool.for_chunks(y, n.max(1) * 64, |_, rows| {
-        for row in rows.chunks_mut(n) {
-            row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
+    let bias = part.bias.map(|at| ins[at].widened()).transpose()?;
+    let add = part.add.map(|at| ins[at].widened()).transpose()?;
+    if bias.is_none() && add.is_none() {
+        return Ok(());
+    }
+    let each = n.max(1) * 64;
+    pool.for_chunks(y, each, |c, rows| {
+        for (r, row) in rows.chunks_mut(n).enumerate() {
+            if let Some(bias) = &bias {
+                row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
+            }
+            if let Some(add) = &add {
+                row.iter_mut().zip(&add[c * each + r * n..]).for_each(|(y, a)| *y += a);
+            }
         }
     });
     Ok(())
 }
 
 /// A matrix product; leading dimensions broadcast.
-pub(super) fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+pub(super) fn matmul(
+    m: &Machine,
+    trans_b: bool,
+    ins: &[In<'_>],
+    out: &mut Out<'_>,
+) -> Result<(), EngineError> {
     let shape = out.0.clone();
     let (a, b) = (&ins[0], &ins[1]);
     let (ra, rb) = (a.shape.len(), b.shape.len());
@@ -200,7 +217,7 @@ pub(super) fn matmul(m: &Machine, trans_b: bool, ins: &[In<'_>], out: &mut Out) 
 }
 
 /// `aᵀ b` over all leading positions.
-pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out<'_>) -> Result<(), EngineError> {
     let (rows, cols) = (out.0[0], out.0[1]);
     let (a, b) = (ins[0].widened()?, ins[1].widened()?);
     let (a, b) = (&a[..], &b[..]);
@@ -222,7 +239,7 @@ pub(super) fn outer(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), En
 }
 
 /// `Σ a bᵀ` over the last axis and all leading positions.
-pub(super) fn outer_middle(m: &Machine, ins: &[In<'_>], out: &mut Out) -> Result<(), EngineError> {
+pub(super) fn outer_middle(m: &Machine, ins: &[In<'_>], out: &mut Out<'_>) -> Result<(), EngineError> {
     let sizes = (out.0[0], out.0[1], ins[0].shape.last().copied().unwrap_or(1));
     let (a, b) = (ins[0].widened()?, ins[1].widened()?);
     cpu::outer_middle(&m.pool, m.isa, (&a, &b), sizes, floats(out)?, &m.scratch);
@@ -234,7 +251,7 @@ pub(super) fn attention_grad(
     m: &Machine,
     a: &AttnAttr,
     ins: &[In<'_>],
-    outs: &mut [Out],
+    outs: &mut [Out<'_>],
 ) -> Result<(), EngineError> {
     let [batch, seq, width] = ins[0].shape[..] else { return Err(wrong_kind()) };
     let shape = AttnShape {

@@ -1,11 +1,10 @@
 //! Choosing scales and codes, and back: [`qrmc_ir::grid`] over the rows of a tensor, on all threads.
 
 use qrmc_ir::grid::{self, FakeGrad, QParam};
-use qrmc_ir::{Data, Elem, EngineError, Grain, Op, QuantSpec, Rule, TensorType};
-use qrmc_lowering::Arg;
+use qrmc_ir::{Elem, EngineError, Grain, Op, QuantSpec, Rule};
 
 use super::Machine;
-use super::exec::{In, Slice, wrong_kind};
+use super::exec::{In, Slice, SliceMut, wrong_kind};
 use super::prims::{Out, floats};
 use crate::cpu::simd::{Kernel, Lanes};
 
@@ -15,9 +14,9 @@ const CHUNK: usize = 32 * 1024;
 pub(super) fn run(
     m: &Machine,
     op: &Op,
-    types: &[(Arg, TensorType)],
+    elem: Elem,
     ins: &[In<'_>],
-    outs: &mut [Out],
+    outs: &mut [Out<'_>],
 ) -> Result<(), EngineError> {
     let cols = ins[0].shape.last().copied().unwrap_or(1);
     let rows = ins[0].shape.iter().product::<usize>() / cols.max(1);
@@ -29,8 +28,8 @@ pub(super) fn run(
             let code = |i: usize, x: f32| grid::quantize(x, q[i % cols.max(1)], *spec);
             let all = x.iter().enumerate().map(|(i, &x)| code(i, x));
             match &mut outs[0].1 {
-                Data::U8(y) => y.iter_mut().zip(all).for_each(|(y, c)| *y = c as u8),
-                Data::I8(y) => y.iter_mut().zip(all).for_each(|(y, c)| *y = c as i8),
+                SliceMut::U8(y) => y.iter_mut().zip(all).for_each(|(y, c)| *y = c as u8),
+                SliceMut::I8(y) => y.iter_mut().zip(all).for_each(|(y, c)| *y = c as i8),
                 _ => return Err(wrong_kind()),
             }
             Ok(())
@@ -39,7 +38,7 @@ pub(super) fn run(
             cast(m, *spec, &ins[0].widened()?, &sides(&ins[1..])?, run_of(*spec), &mut outs[0])
         }
         Op::DCast => {
-            let Elem::Quant(spec) = types[0].1.elem else { return Err(wrong_kind()) };
+            let Elem::Quant(spec) = elem else { return Err(wrong_kind()) };
             let (run, q) = (run_of(spec), sides(&ins[1..])?);
             let codes = ins[0].data()?;
             let per_task = (CHUNK / run).max(1) * run;
@@ -97,7 +96,7 @@ pub(super) fn quantize(
     m: &Machine,
     (spec, rule): (QuantSpec, Rule),
     ins: &[In<'_>],
-    outs: &mut [Out],
+    outs: &mut [Out<'_>],
 ) -> Result<(), EngineError> {
     let Some((codes, sides)) = outs.split_last_mut() else { return Err(wrong_kind()) };
     let chosen = params(m, (spec, rule), ins)?;
@@ -108,11 +107,11 @@ pub(super) fn quantize(
 }
 
 /// Writes scales, and zero points if there is a place for them.
-fn put_params(chosen: &[QParam], outs: &mut [Out]) -> Result<(), EngineError> {
+fn put_params(chosen: &[QParam], outs: &mut [Out<'_>]) -> Result<(), EngineError> {
     let (scales, rest) = outs.split_at_mut(1);
     let scales = floats(&mut scales[0])?;
     scales.iter_mut().zip(chosen).for_each(|(s, q)| *s = q.scale);
-    if let Some((_, Data::U8(zeros))) = rest.first_mut() {
+    if let Some((_, SliceMut::U8(zeros))) = rest.first_mut() {
         zeros.iter_mut().zip(chosen).for_each(|(z, q)| *z = q.zero as u8);
     }
     Ok(())
@@ -125,16 +124,16 @@ fn cast(
     x: &[f32],
     q: &[QParam],
     run: usize,
-    out: &mut Out,
+    out: &mut Out<'_>,
 ) -> Result<(), EngineError> {
     let per_task = (CHUNK / run).max(1) * run;
     let (pool, isa) = (&m.pool, m.isa);
     match &mut out.1 {
-        Data::U8(y) => pool.for_chunks(&mut y[..x.len()], per_task, |c, y| {
+        SliceMut::U8(y) => pool.for_chunks(&mut y[..x.len()], per_task, |c, y| {
             let (x, q) = (&x[c * per_task..][..y.len()], &q[c * per_task / run..]);
             isa.run(Quantize { x, y, q, run, spec, code: |c| c as u8 });
         }),
-        Data::I8(y) => pool.for_chunks(&mut y[..x.len()], per_task, |c, y| {
+        SliceMut::I8(y) => pool.for_chunks(&mut y[..x.len()], per_task, |c, y| {
             let (x, q) = (&x[c * per_task..][..y.len()], &q[c * per_task / run..]);
             isa.run(Quantize { x, y, q, run, spec, code: |c| c as i8 });
         }),
@@ -308,7 +307,7 @@ fn fake_quant_grad(
     (spec, rule): (QuantSpec, Rule),
     run: usize,
     ins: &[In<'_>],
-    outs: &mut [Out],
+    outs: &mut [Out<'_>],
 ) -> Result<(), EngineError> {
     let (dy, given) = (ins[ins.len() - 1].widened()?, &ins[1..ins.len() - 1]);
     let cols = ins[0].shape.last().copied().unwrap_or(1);
@@ -327,7 +326,7 @@ fn fake_quant_grad(
     Ok(())
 }
 
-fn clip_range_grad(m: &Machine, run: usize, ins: &[In<'_>], outs: &mut [Out]) -> Result<(), EngineError> {
+fn clip_range_grad(m: &Machine, run: usize, ins: &[In<'_>], outs: &mut [Out<'_>]) -> Result<(), EngineError> {
     let (x, hi, lo, dy) = (ins[0].widened()?, ins[1].widened()?, ins[2].widened()?, ins[3].widened()?);
     let all = grads(m, How::Clip { run, hi: &hi, lo: &lo }, run, (&x, &dy), floats(&mut outs[0])?);
     floats(&mut outs[1])?.iter_mut().zip(&all).for_each(|(y, g)| *y = g.hi as f32);

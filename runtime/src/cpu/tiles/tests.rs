@@ -144,7 +144,7 @@ fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
                                 let mut digits = Digits::default();
                                 digits.cut(pool, Isa::detect(), left.side(), (m, k), group);
                                 let mut out = vec![f32::NAN; m * n];
-                                let mut parts = [Part { w: &tiles, bias: None, out: &mut out }];
+                                let mut parts = [Part { w: &tiles, bias: None, add: None, out: &mut out }];
                                 product(pool, path, &digits, &mut parts, &Scratch::new());
                                 let what = format!(
                                     "[{m}, {k}] x {n}, {b} bits by {group}, kind {kind}, {}",
