@@ -58,6 +58,8 @@ const UNIT_ROWS: usize = 8;
 /// Blocks of sixteen rows of the weight that one task unpacks for the matrix unit: what is read of the left side serves all
 /// of them.
 const ACROSS: usize = 4;
+/// Rows of the left side for which it pays to unpack the codes once more.
+const STRIP: usize = 128;
 /// Bytes of codes that one task reads, about.
 const TASK: usize = 8 * 1024;
 
@@ -88,7 +90,7 @@ impl Shared<'_> {
     /// Writes the rows from `first` on of a block.
     ///
     /// # Safety
-    /// The columns of a block are written by one task.
+    /// These rows of a block are written by one task.
     #[inline(always)]
     unsafe fn put(&self, x: &Digits, block: usize, first: usize, y: &[Sums]) {
         let (n, at) = (self.w.n, block * LANES);
@@ -99,23 +101,30 @@ impl Shared<'_> {
             bias[..lanes].copy_from_slice(&all[at..at + lanes]);
         }
         for (r, y) in y.iter().enumerate() {
+            let at = (first + r) * n + at;
             // SAFETY: promised by the caller.
-            let out = unsafe { self.out.part((first + r) * n + at, lanes) };
+            let out = unsafe { self.out.part(at, lanes) };
             let (shift, scale) = x.finish(first + r);
-            let mut done = [0.0; LANES];
-            for lane in 0..LANES {
-                done[lane] = (y[lane] + shift * weighted[lane]) * scale + bias[lane];
-            }
-            if let Some(add) = self.add {
-                let add = &add[(first + r) * n + at..][..lanes];
-                done.iter_mut().zip(add).for_each(|(y, a)| *y += a);
-            }
-            // A copy of a length that is known is one store.
-            match out.as_mut_array::<LANES>() {
-                Some(out) => *out = done,
-                None => out.copy_from_slice(&done[..lanes]),
+            let done = |lane: usize| (y[lane] + shift * weighted[lane]) * scale + bias[lane];
+            // A block of known length is a few vector instructions; the last one may be shorter.
+            match (out.as_mut_array::<LANES>(), self.add) {
+                (Some(out), None) => *out = std::array::from_fn(done),
+                (Some(out), Some(add)) => {
+                    let add: &[f32; LANES] = add[at..at + LANES].as_array().unwrap_or(&[0.0; LANES]);
+                    *out = std::array::from_fn(|lane| done(lane) + add[lane]);
+                }
+                (None, add) => put_some(out, done, add.map(|add| &add[at..])),
             }
         }
+    }
+}
+
+/// The first rows of a block.
+#[cold]
+#[inline(never)]
+fn put_some(out: &mut [f32], done: impl Fn(usize) -> f32, add: Option<&[f32]>) {
+    for (lane, y) in out.iter_mut().enumerate() {
+        *y = done(lane) + add.map_or(0.0, |add| add[lane]);
     }
 }
 
@@ -140,7 +149,6 @@ pub fn product(pool: &Pool, path: IntPath, x: &Digits, parts: &mut [Part<'_>], s
     #[cfg(not(target_arch = "x86_64"))]
     let unit = false;
     let at_once = |w: &Tiles| if unit { ACROSS } else { TASK.div_ceil(w.block_bytes().max(1)) };
-    let tasks = |p: &Shared<'_>| p.w.blocks().div_ceil(p.at_once);
     let parts: SmallVec<[Shared<'_>; 4]> = parts
         .iter_mut()
         .map(|p| Shared {
@@ -151,14 +159,22 @@ pub fn product(pool: &Pool, path: IntPath, x: &Digits, parts: &mut [Part<'_>], s
             out: SharedMut::new(&mut *p.out),
         })
         .collect();
-    pool.for_each(parts.iter().map(tasks).sum(), |mut task| {
+    // Strips of rows come first: what goes over rows before and after has its first rows on the same threads.
+    let strips = if unit { (m / STRIP).clamp(1, pool.threads()) } else { 1 };
+    let strip = m.div_ceil(strips).next_multiple_of(amx::ROWS);
+    let tasks = |p: &Shared<'_>| p.w.blocks().div_ceil(p.at_once);
+    let across = parts.iter().map(tasks).sum::<usize>();
+    pool.for_each(m.div_ceil(strip) * across, |task| {
+        let first = task / across * strip;
+        let rows = first..m.min(first + strip);
+        let mut task = task % across;
         for p in &parts {
             let count = tasks(p);
             if task < count {
                 let from = task * p.at_once;
                 let blocks = from..p.w.blocks().min(from + p.at_once);
-                // SAFETY: each block is in one task.
-                unsafe { run(path, unit, x, p, blocks, scratch) };
+                // SAFETY: the rows of a block are in one task each.
+                unsafe { run(path, unit, x, p, rows, blocks, scratch) };
                 return;
             }
             task -= count;
@@ -166,7 +182,7 @@ pub fn product(pool: &Pool, path: IntPath, x: &Digits, parts: &mut [Part<'_>], s
     });
 }
 
-/// Computes some blocks of a part.
+/// Computes some rows of some blocks of a part.
 ///
 /// # Safety
 /// As [`Shared::put`].
@@ -175,19 +191,20 @@ unsafe fn run(
     unit: bool,
     x: &Digits,
     p: &Shared<'_>,
+    rows: Range<usize>,
     blocks: Range<usize>,
     scratch: &Scratch,
 ) {
     #[cfg(target_arch = "x86_64")]
     if unit {
         // SAFETY: promised by the caller.
-        return unsafe { amx::run(x, p, blocks, scratch) };
+        return unsafe { amx::run(x, p, rows, blocks, scratch) };
     }
     let _ = (unit, scratch);
     for block in blocks {
-        for first in (0..x.rows).step_by(ROWS) {
+        for first in rows.clone().step_by(ROWS) {
             let mut y = [[0.0; LANES]; ROWS];
-            let y = &mut y[..ROWS.min(x.rows - first)];
+            let y = &mut y[..ROWS.min(rows.end - first)];
             match path.kind {
                 Kind::Plain => path.isa.run(Plain { x, w: p.w, block, first, y }),
                 // SAFETY: the machine has what the path says.

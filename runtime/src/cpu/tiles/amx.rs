@@ -3,90 +3,79 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::digits::Digits;
 use super::layout::{Tiles, every_line, unpack};
 use super::vnni::{line, whole};
-use super::{ACROSS, LANES, LINE, PIECE, Shared, Sums};
+use super::{ACROSS, LANES, LINE, PIECE, Shared};
 use crate::cpu::pool::Scratch;
 use crate::cpu::split::Tiles as Registers;
 
-/// Pieces of one pass over the blocks: what it reads of the left side stays in the first-level cache.
-const RUN: usize = 8;
 /// Codes of a piece of one block.
 const TILE: usize = PIECE / 4 * LINE;
-/// Rows of the left side of one pass: two tiles of one digit, or one of each of three.
-const ROWS: usize = 32;
+/// Rows of the left side that are multiplied at once.
+pub(super) const ROWS: usize = 16;
 
-/// Sums of a block of the weight with up to three tiles of the left side.
+/// Sums of sixteen rows: of three digits with one block of the weight, or of one digit with each of [`ACROSS`] blocks.
 #[repr(align(64))]
-#[derive(Clone, Copy)]
-struct Block([[[i32; LANES]; 16]; 3]);
+struct Whole([Sums; ACROSS]);
 
-/// Computes some blocks of a part, at most [`ACROSS`].
+/// Sums of sixteen rows with a block.
+type Sums = [[i32; LANES]; ROWS];
+
+/// Computes the rows `of` of some blocks of a part, at most [`ACROSS`].
 ///
 /// # Safety
-/// The machine has a matrix unit for bytes, and the process may use it, and AVX-512 F, BW, DQ and VL; the columns of a block
-/// are written by one task.
+/// The machine has a matrix unit for bytes, and the process may use it, and AVX-512 F, BW, DQ and VL; these rows of a block are
+/// written by one task.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn run(x: &Digits, p: &Shared<'_>, blocks: Range<usize>, scratch: &Scratch) {
-    let (w, from) = (p.w, blocks.start);
-    let pieces = w.group.div_ceil(PIECE);
-    let each = w.groups() * pieces * TILE;
+pub(super) unsafe fn run(
+    x: &Digits,
+    p: &Shared<'_>,
+    of: Range<usize>,
+    blocks: Range<usize>,
+    scratch: &Scratch,
+) {
+    let w = p.w;
+    let each = w.groups() * w.group.div_ceil(PIECE) * TILE;
     // Whole pieces of bytes are tiles as they are stored.
     let stored = w.bits == 8 && w.group.is_multiple_of(PIECE);
     let mut room = scratch.take(if stored { 0 } else { ACROSS * each / 4 + 16 });
     let skip = room.as_ptr().align_offset(64).min(room.len()).min(16);
-    let codes: &mut [u8] = bytemuck::cast_slice_mut(&mut room[skip..]);
+    let unpacked: &mut [u8] = bytemuck::cast_slice_mut(&mut room[skip..]);
     if !stored {
-        for (codes, block) in codes.chunks_exact_mut(each).zip(blocks.clone()) {
+        for (codes, block) in unpacked.chunks_exact_mut(each).zip(blocks.clone()) {
             // SAFETY: promised by the caller.
             unsafe { unpack_block(w, block, codes) };
         }
     }
-    let right = |block: usize, at: usize, count: usize| {
-        let all = if stored { w.block_codes(block) } else { &codes[(block - from) * each..][..each] };
-        let all = &all[at * TILE..(at + count) * TILE];
-        if w.bits == 8 { Right::Unsigned(all) } else { Right::Signed(all) }
-    };
     let _registers = Registers::configure();
-    let mut acc = [Block([[[0; LANES]; 16]; 3]); ACROSS];
-    let rows = if x.count == 1 { ROWS } else { ROWS / 2 };
-    for first in (0..x.rows).step_by(rows) {
-        let count = rows.min(x.rows - first);
-        let mut y = [[[0.0; LANES]; ROWS]; ACROSS];
-        for g in 0..w.groups() {
-            for b in 0..x.blocks_of_group() {
-                let per_block = x.block.div_ceil(PIECE);
-                let span = b * per_block..pieces.min((b + 1) * per_block);
-                for i in span.clone().step_by(RUN) {
-                    let run = RUN.min(span.end - i);
-                    let at = g * x.padded_group() + i * PIECE;
-                    for block in blocks.clone() {
-                        let acc = &mut acc[block - from];
-                        let right = right(block, g * pieces + i, run);
-                        multiply_rows(x, (first, count), at, right, run, i > span.start, acc);
-                    }
-                }
-                for block in blocks.clone() {
-                    let (acc, y) = (&acc[block - from], &mut y[block - from][..count]);
-                    let at = (g, g * x.blocks_of_group() + b);
-                    // SAFETY: promised by the caller.
-                    unsafe {
-                        match (x.count, w.bits) {
-                            (1, 8) => add_sums::<1, true>(x, w, block, first, at, acc, y),
-                            (1, _) => add_sums::<1, false>(x, w, block, first, at, acc, y),
-                            (_, 8) => add_sums::<3, true>(x, w, block, first, at, acc, y),
-                            _ => add_sums::<3, false>(x, w, block, first, at, acc, y),
-                        }
-                    }
+    // A few rows of all blocks: what is written of a row lies side by side.
+    for first in of.clone().step_by(ROWS) {
+        let rows = (first, ROWS.min(of.end - first));
+        let mut from = blocks.start;
+        while from < blocks.end {
+            // Four blocks keep four sums going at once, three digits three.
+            let now = if x.count == 1 && from + ACROSS <= blocks.end { ACROSS } else { 1 };
+            let codes = if stored {
+                w.codes(from..from + now)
+            } else {
+                &unpacked[(from - blocks.start) * each..][..now * each]
+            };
+            // SAFETY: promised by the caller.
+            unsafe {
+                match (x.count, w.bits, now) {
+                    (1, 8, 1) => multiply::<1, true, 1>(x, p, from, rows, codes),
+                    (1, _, 1) => multiply::<1, false, 1>(x, p, from, rows, codes),
+                    (1, 8, _) => multiply::<1, true, ACROSS>(x, p, from, rows, codes),
+                    (1, ..) => multiply::<1, false, ACROSS>(x, p, from, rows, codes),
+                    (_, 8, _) => multiply::<3, true, 1>(x, p, from, rows, codes),
+                    _ => multiply::<3, false, 1>(x, p, from, rows, codes),
                 }
             }
-        }
-        for block in blocks.clone() {
-            // SAFETY: promised by the caller.
-            unsafe { p.put(x, block, first, &y[block - from][..count]) };
+            from += now;
         }
     }
 }
@@ -136,176 +125,300 @@ unsafe fn unpack_block(w: &Tiles, block: usize, out: &mut [u8]) {
     }
 }
 
-/// Adds the sums of a block of the inner dimension, in group `at.0` and number `at.1` of the row, to the float sums of the
-/// rows from `first` on, in the order of [`fold`](super::plain::fold). The zero points of `BYTES` are still to be taken off.
+/// Computes up to sixteen rows of `N` blocks from `block` on. The zero points of `BYTES` are still to be taken off the codes.
 ///
 /// # Safety
-/// The machine has AVX-512 F, BW, DQ and VL; the digits are `COUNT`.
+/// As [`run`]; the digits are `COUNT`, one if there are several blocks, and the tiles of this thread are configured.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn add_sums<const COUNT: usize, const BYTES: bool>(
+unsafe fn multiply<const COUNT: usize, const BYTES: bool, const N: usize>(
     x: &Digits,
-    w: &Tiles,
+    p: &Shared<'_>,
     block: usize,
-    first: usize,
-    at: (usize, usize),
-    acc: &Block,
-    y: &mut [Sums],
+    (first, count): (usize, usize),
+    codes: &[u8],
 ) {
-    // SAFETY: sixteen scales, sixteen zero points.
-    let (scales, zeros) = unsafe {
-        let zeros = w.zeros(block, at.0);
-        let zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().cast()));
-        (_mm512_loadu_ps(w.scales(block, at.0).as_ptr()), zeros)
-    };
-    let sums = x.sums_of(first, y.len(), at.1);
-    let steps = x.steps_of(first, y.len(), at.1);
-    for (r, y) in y.iter_mut().enumerate() {
-        let part = |d: usize| {
-            let tile = if COUNT == 1 { &acc.0[r / 16][r % 16] } else { &acc.0[d][r % 16] };
-            // SAFETY: sixteen sums.
-            let sum = unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) };
-            if BYTES {
-                _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(sums.at(r, d))))
-            } else {
-                sum
-            }
-        };
-        let step = if COUNT == 1 { 1.0 } else { steps.at(r, 0) };
-        let mut parts = [_mm512_setzero_si512(); COUNT];
-        for (d, p) in parts.iter_mut().enumerate() {
-            *p = part(d);
+    let w = p.w;
+    for r in first..first + count {
+        // Asks for what is written at the end, so that loads need not wait behind these stores.
+        for block in block..block + N {
+            _mm_prefetch::<_MM_HINT_ET0>(p.out.ptr_at(r * w.n + block * LANES).cast());
         }
-        let whole = whole(parts, step);
-        // SAFETY: sixteen floats.
+    }
+    let each = codes.len() / N;
+    let pieces = w.group.div_ceil(PIECE);
+    let per_block = x.block.div_ceil(PIECE);
+    let mut y = [[_mm512_setzero_ps(); ROWS]; N];
+    // The unit fills one while the sums of the other are added.
+    let mut whole = [MaybeUninit::<Whole>::uninit(), MaybeUninit::uninit()];
+    let whole = whole.each_mut().map(MaybeUninit::as_mut_ptr);
+    let mut before = None;
+    let mut n = 0;
+    for g in 0..w.groups() {
+        for b in 0..x.blocks_of_group() {
+            let span = b * per_block..pieces.min((b + 1) * per_block);
+            let at = g * x.padded_group() + span.start * PIECE;
+            let right = g * pieces + span.start;
+            // SAFETY: promised by the caller.
+            unsafe {
+                sum::<COUNT, BYTES, N>(
+                    x,
+                    first,
+                    at,
+                    &codes[right * TILE..],
+                    each,
+                    span.len(),
+                    whole[n % 2].cast(),
+                );
+                if let Some(at) = before {
+                    for (i, y) in y.iter_mut().enumerate() {
+                        add::<COUNT, BYTES>(
+                            x,
+                            w,
+                            block + i,
+                            (first, count),
+                            at,
+                            whole[(n + 1) % 2].cast::<Sums>().add(i),
+                            y,
+                        );
+                    }
+                }
+            }
+            before = Some((g, n));
+            n += 1;
+        }
+    }
+    for (i, y) in y.iter_mut().enumerate() {
+        // SAFETY: promised by the caller.
         unsafe {
-            let sum = _mm512_add_ps(_mm512_loadu_ps(y.as_ptr()), _mm512_mul_ps(scales, whole));
-            _mm512_storeu_ps(y.as_mut_ptr(), sum);
+            if let Some(at) = before {
+                add::<COUNT, BYTES>(
+                    x,
+                    w,
+                    block + i,
+                    (first, count),
+                    at,
+                    whole[at.1 % 2].cast::<Sums>().add(i),
+                    y,
+                );
+            }
+            put(x, p, block + i, (first, count), y);
         }
     }
 }
 
-/// Sums of the rows from `first` on, from the digits at `at` on, with the codes of some pieces.
-fn multiply_rows(
+/// Adds the sums of block `at.1` of the inner dimension, which is in group `at.0`, to the float sums, in the order of
+/// [`fold`](super::plain::fold).
+///
+/// # Safety
+/// As [`multiply`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn add<const COUNT: usize, const BYTES: bool>(
     x: &Digits,
+    w: &Tiles,
+    block: usize,
     (first, count): (usize, usize),
+    at: (usize, usize),
+    sums: *const Sums,
+    y: &mut [__m512; ROWS],
+) {
+    // SAFETY: sixteen scales, sixteen zero points.
+    let (scales, zeros) = unsafe {
+        let zeros = if BYTES { w.zeros(block, at.0) } else { [0; LANES] };
+        let zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().cast()));
+        (_mm512_loadu_ps(w.scales(block, at.0).as_ptr()), zeros)
+    };
+    let of_rows = x.sums_of(first, count, at.1);
+    let steps = x.steps_of(first, count, at.1);
+    for (r, y) in y.iter_mut().enumerate() {
+        // Rows past the last one are computed and dropped.
+        let known = r.min(count - 1);
+        let mut parts = [_mm512_setzero_si512(); COUNT];
+        for (d, part) in parts.iter_mut().enumerate() {
+            // SAFETY: sixteen sums.
+            let sum = unsafe { _mm512_load_si512((*sums.add(d))[r].as_ptr().cast()) };
+            *part = match BYTES {
+                true => {
+                    _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(of_rows.at(known, d))))
+                }
+                false => sum,
+            };
+        }
+        let step = if COUNT == 1 { 1.0 } else { steps.at(known, 0) };
+        *y = _mm512_add_ps(*y, _mm512_mul_ps(scales, whole(parts, step)));
+    }
+}
+
+/// Writes the results, as [`Shared::put`] does.
+///
+/// # Safety
+/// As [`multiply`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn put(x: &Digits, p: &Shared<'_>, block: usize, (first, count): (usize, usize), y: &[__m512; ROWS]) {
+    let (n, at) = (p.w.n, block * LANES);
+    let lanes = LANES.min(n - at);
+    let mask = ((1u32 << lanes) - 1) as u16;
+    // SAFETY: sixteen sums; the lanes of the mask are inside of the bias, and of each row of what is added and written, whose
+    // lengths were checked.
+    unsafe {
+        let weighted = _mm512_loadu_ps(p.w.weighted(block).as_ptr());
+        let bias = p.bias.map_or(_mm512_setzero_ps(), |b| _mm512_maskz_loadu_ps(mask, b[at..].as_ptr()));
+        for (r, &y) in y.iter().enumerate() {
+            if r < count {
+                let at = (first + r) * n + at;
+                let (shift, scale) = x.finish(first + r);
+                let y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(shift), weighted));
+                let mut y = _mm512_add_ps(_mm512_mul_ps(y, _mm512_set1_ps(scale)), bias);
+                if let Some(add) = p.add {
+                    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, add[at..at + lanes].as_ptr()));
+                }
+                _mm512_mask_storeu_ps(p.out.part(at, lanes).as_mut_ptr(), mask, y);
+            }
+        }
+    }
+}
+
+/// Sums of sixteen rows from `first` on, of the digits from `at` on, with the codes of some pieces of `N` blocks, which lie
+/// `each` bytes apart.
+///
+/// # Safety
+/// The tiles of this thread are configured.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn sum<const COUNT: usize, const BYTES: bool, const N: usize>(
+    x: &Digits,
+    first: usize,
     at: usize,
-    right: Right<'_>,
+    right: &[u8],
+    each: usize,
     pieces: usize,
-    add: bool,
-    out: &mut Block,
+    out: *mut u8,
 ) {
     let row = x.count * x.stride;
     let planes = &x.planes()[first * row + at..];
     // Past the last row that is asked for, tiles read the rows that fill up; past the last digit, the end of the row.
-    let rows = if x.count == 1 { ROWS } else { ROWS / 2 };
-    assert!(at + pieces * PIECE <= x.stride && planes.len() + at >= rows * row);
-    // SAFETY: all rows of the tiles lie in the planes, by the check above.
+    assert!(at + pieces * PIECE <= x.stride && planes.len() + at >= ROWS * row && pieces > 0);
+    assert!(right.len() >= (N - 1) * each + pieces * TILE);
+    let (a, b) = (planes.as_ptr(), right.as_ptr());
+    for r in 0..ROWS {
+        _mm_prefetch::<_MM_HINT_T0>(a.wrapping_add(r * row + 2 * pieces * PIECE));
+    }
+    // SAFETY: all rows of the tiles lie in the planes, and all pieces in the codes, by the checks above.
     unsafe {
-        let a = planes.as_ptr();
-        if x.count > 1 {
-            multiply([0, 1, 2].map(|d| a.add(d * x.stride)), row, right, pieces, add, out);
-        } else if count > 16 {
-            multiply([a, a.add(16 * row)], row, right, pieces, add, out);
-        } else {
-            multiply([a], row, right, pieces, add, out);
+        match (COUNT, N, BYTES) {
+            (1, 1, true) => one_unsigned([a], row, [b], pieces, out),
+            (1, 1, false) => one_signed([a], row, [b], pieces, out),
+            (1, _, true) => across_unsigned([a], row, [0, 1, 2, 3].map(|i| b.add(i * each)), pieces, out),
+            (1, _, false) => across_signed([a], row, [0, 1, 2, 3].map(|i| b.add(i * each)), pieces, out),
+            (_, _, true) => digits_unsigned([0, 1, 2].map(|d| a.add(d * x.stride)), row, [b], pieces, out),
+            (_, _, false) => digits_signed([0, 1, 2].map(|d| a.add(d * x.stride)), row, [b], pieces, out),
         }
     }
 }
 
-/// Codes of pieces one after another, a byte each.
-#[derive(Clone, Copy)]
-enum Right<'a> {
-    /// As they are stored.
-    Unsigned(&'a [u8]),
-    /// Less their zero points.
-    Signed(&'a [u8]),
-}
-
-/// `out[i][16, 16] += a_i b` for the tiles `a_i`, whose rows are `stride` bytes apart, over `pieces` pieces; from 0 if `add`
-/// is not set.
-///
-/// # Safety
-/// The tiles of this thread are configured. Sixteen rows of `64 * pieces` bytes at each of `a`.
-unsafe fn multiply<const A: usize>(
-    a: [*const i8; A],
-    stride: usize,
-    b: Right<'_>,
-    pieces: usize,
-    add: bool,
-    out: &mut Block,
-) {
-    let (Right::Unsigned(codes) | Right::Signed(codes)) = b;
-    assert!(pieces > 0 && codes.len() == pieces * TILE);
-    let out = out.0.as_mut_ptr().cast::<u8>();
-    /// The loop over pieces: what it does with a sum before, with a piece of the second and third tile, and after.
-    macro_rules! tiles {
-        ($dp:literal, [$($load:literal),*], [$($zero:literal),*], [$($more:expr),*], [$($store:literal),*]) => {
-            asm!(
-                "test {z}, {z}",
-                "jz 4f",
-                "tileloadd tmm0, [{c} + {s}*1]",
-                $($load,)*
-                "jmp 2f",
-                "4:",
-                "tilezero tmm0",
-                $($zero,)*
-                "2:",
-                "tileloadd tmm4, [{b} + {s}*1]",
-                "tileloadd tmm3, [{a0} + {t}*1]",
-                concat!($dp, " tmm0, tmm3, tmm4"),
-                $($more,)*
-                "add {a0}, 64",
-                "add {a1}, 64",
-                "add {a2}, 64",
-                "add {b}, 1024",
-                "dec {n}",
-                "jnz 2b",
-                "tilestored [{c} + {s}*1], tmm0",
-                $($store,)*
-                a0 = inout(reg) a[0] => _,
-                a1 = inout(reg) a[A / 2] => _,
-                a2 = inout(reg) a[A - 1] => _,
-                b = inout(reg) codes.as_ptr() => _,
-                n = inout(reg) pieces => _,
-                z = in(reg) u64::from(add),
-                c = in(reg) out,
-                s = in(reg) 64usize,
-                t = in(reg) stride,
-                options(nostack),
-            )
-        };
-    }
-    macro_rules! by_count {
-        ($dp:literal) => {
-            match A {
-                1 => tiles!($dp, [], [], [], []),
-                2 => tiles!(
-                    $dp,
-                    ["tileloadd tmm1, [{c} + {s}*1 + 1024]"],
-                    ["tilezero tmm1"],
-                    ["tileloadd tmm3, [{a1} + {t}*1]", concat!($dp, " tmm1, tmm3, tmm4")],
-                    ["tilestored [{c} + {s}*1 + 1024], tmm1"]
-                ),
-                _ => tiles!(
-                    $dp,
-                    ["tileloadd tmm1, [{c} + {s}*1 + 1024]", "tileloadd tmm2, [{c} + {s}*1 + 2048]"],
-                    ["tilezero tmm1", "tilezero tmm2"],
-                    [
-                        "tileloadd tmm3, [{a1} + {t}*1]",
-                        concat!($dp, " tmm1, tmm3, tmm4"),
-                        "tileloadd tmm3, [{a2} + {t}*1]",
-                        concat!($dp, " tmm2, tmm3, tmm4")
-                    ],
-                    ["tilestored [{c} + {s}*1 + 1024], tmm1", "tilestored [{c} + {s}*1 + 2048], tmm2"]
-                ),
+/// A function for the sums `c[i][16, 16]` of products of tiles `a`, of `A` parts of the left side, and `b`, of `B` blocks; codes
+/// are as they are stored (`tdpbsud`) or less their zero points (`tdpbssd`).
+macro_rules! product {
+    ($name:ident, $a:literal, $b:literal, [$($zero:literal),*], [$($step:expr),*], [$($store:literal),*]) => {
+        /// # Safety
+        /// The tiles of this thread are configured; sixteen rows, `stride` bytes apart, of as many pieces at each of `a`, the pieces at
+        /// each of `b`, and room for the sums at `out`.
+        #[inline(always)]
+        unsafe fn $name(a: [*const i8; $a], stride: usize, b: [*const u8; $b], pieces: usize, out: *mut u8) {
+            // SAFETY: promised by the caller.
+            unsafe {
+                asm!(
+                    $($zero,)*
+                    "2:",
+                    $($step,)*
+                    "add {a0}, 64",
+                    "add {a1}, 64",
+                    "add {a2}, 64",
+                    "add {b0}, 1024",
+                    "add {b1}, 1024",
+                    "add {b2}, 1024",
+                    "add {b3}, 1024",
+                    "dec {n}",
+                    "jnz 2b",
+                    $($store,)*
+                    a0 = inout(reg) a[0] => _,
+                    a1 = inout(reg) a[$a / 2] => _,
+                    a2 = inout(reg) a[$a - 1] => _,
+                    b0 = inout(reg) b[0] => _,
+                    b1 = inout(reg) b[$b / 4] => _,
+                    b2 = inout(reg) b[$b / 2] => _,
+                    b3 = inout(reg) b[$b - 1] => _,
+                    n = inout(reg) pieces => _,
+                    c = in(reg) out,
+                    s = in(reg) 64usize,
+                    t = in(reg) stride,
+                    options(nostack),
+                );
             }
-        };
-    }
-    // SAFETY: what is read was promised by the caller or is checked above; the stores fill up to three tiles of `out`.
-    unsafe {
-        match b {
-            Right::Unsigned(_) => by_count!("tdpbsud"),
-            Right::Signed(_) => by_count!("tdpbssd"),
         }
-    }
+    };
 }
+
+/// The three ways to use the registers with one kind of product.
+macro_rules! products {
+    ($dp:literal, $one:ident, $across:ident, $digits:ident) => {
+        product!(
+            $one,
+            1,
+            1,
+            ["tilezero tmm0"],
+            [
+                "tileloadd tmm4, [{a0} + {t}*1]",
+                "tileloadd tmm5, [{b0} + {s}*1]",
+                concat!($dp, " tmm0, tmm4, tmm5")
+            ],
+            ["tilestored [{c} + {s}*1], tmm0"]
+        );
+        product!(
+            $across,
+            1,
+            4,
+            ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+            [
+                "tileloadd tmm4, [{a0} + {t}*1]",
+                "tileloadd tmm5, [{b0} + {s}*1]",
+                concat!($dp, " tmm0, tmm4, tmm5"),
+                "tileloadd tmm6, [{b1} + {s}*1]",
+                concat!($dp, " tmm1, tmm4, tmm6"),
+                "tileloadd tmm7, [{b2} + {s}*1]",
+                concat!($dp, " tmm2, tmm4, tmm7"),
+                "tileloadd tmm5, [{b3} + {s}*1]",
+                concat!($dp, " tmm3, tmm4, tmm5")
+            ],
+            [
+                "tilestored [{c} + {s}*1], tmm0",
+                "tilestored [{c} + {s}*1 + 1024], tmm1",
+                "tilestored [{c} + {s}*1 + 2048], tmm2",
+                "tilestored [{c} + {s}*1 + 3072], tmm3"
+            ]
+        );
+        product!(
+            $digits,
+            3,
+            1,
+            ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2"],
+            [
+                "tileloadd tmm5, [{b0} + {s}*1]",
+                "tileloadd tmm4, [{a0} + {t}*1]",
+                concat!($dp, " tmm0, tmm4, tmm5"),
+                "tileloadd tmm6, [{a1} + {t}*1]",
+                concat!($dp, " tmm1, tmm6, tmm5"),
+                "tileloadd tmm7, [{a2} + {t}*1]",
+                concat!($dp, " tmm2, tmm7, tmm5")
+            ],
+            [
+                "tilestored [{c} + {s}*1], tmm0",
+                "tilestored [{c} + {s}*1 + 1024], tmm1",
+                "tilestored [{c} + {s}*1 + 2048], tmm2"
+            ]
+        );
+    };
+}
+products!("tdpbsud", one_unsigned, across_unsigned, digits_unsigned);
+products!("tdpbssd", one_signed, across_signed, digits_signed);

@@ -61,14 +61,19 @@ pub struct Digits {
     pub(super) groups: usize,
     /// Inner elements whose products are summed as whole numbers; the last block of a group may be shorter.
     pub(super) block: usize,
-    /// By row and digit.
-    planes: Vec<i8>,
+    /// By row and digit, whole lines of memory each.
+    planes: Vec<Line>,
     /// By row, digit and block.
     sums: Vec<i32>,
     /// By row and block for floats, by row for codes.
     steps: Vec<f32>,
     shifts: Vec<f32>,
 }
+
+/// A row of a tile that crosses the end of a line of memory takes twice as long to read.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([i8; PIECE]);
 
 impl Digits {
     /// Cuts `x[m, k]` for weights whose rows have groups of `group`; what was held before is lost, and its memory used again.
@@ -86,17 +91,18 @@ impl Digits {
         (self.group, self.groups) = (group, k / group);
         self.block = group.min(if floats { FLOAT_BLOCK } else { CODE_BLOCK });
         // A tile reads whole pieces, past the end of the row.
-        self.stride = self.groups * self.padded_group() + PIECE;
+        self.stride = (self.groups * self.padded_group() + PIECE).next_multiple_of(size_of::<Line>());
         let (count, stride, blocks) = (self.count, self.stride, self.blocks());
         let steps = if floats { blocks } else { 1 };
         self.planes.clear();
         let rows = if m < UNIT_ROWS { m } else { m.next_multiple_of(ROWS) };
-        self.planes.resize(rows * count * stride, 0);
+        self.planes.resize(rows * count * stride / size_of::<Line>(), Line([0; PIECE]));
         self.sums.resize(m * count * blocks, 0);
         self.steps.resize(m * steps, 0.0);
         self.shifts.resize(m, 0.0);
         let cut = Cut { x, k, group, padded: self.padded_group(), block: self.block, stride };
-        let (planes, sums) = (SharedMut::new(&mut self.planes), SharedMut::new(&mut self.sums));
+        let (planes, sums) = (bytemuck::cast_slice_mut(&mut self.planes), SharedMut::new(&mut self.sums));
+        let planes = SharedMut::new(planes);
         let (all_steps, shifts) = (SharedMut::new(&mut self.steps), SharedMut::new(&mut self.shifts));
         let at_once = TASK.div_ceil(k.max(1));
         pool.for_each(m.div_ceil(at_once), |task| {
@@ -133,13 +139,13 @@ impl Digits {
     /// Where digit `d` of a row starts.
     #[inline(always)]
     pub(super) fn plane(&self, row: usize, d: usize) -> &[i8] {
-        &self.planes[(row * self.count + d) * self.stride..][..self.stride]
+        &self.planes()[(row * self.count + d) * self.stride..][..self.stride]
     }
 
     /// The digits of all rows; from eight rows on, these are filled up to a multiple of 32.
     #[inline(always)]
     pub(super) fn planes(&self) -> &[i8] {
-        &self.planes
+        bytemuck::cast_slice(&self.planes)
     }
 
     /// The sums of a digit over the blocks of a row.

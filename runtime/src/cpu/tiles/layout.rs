@@ -126,6 +126,12 @@ impl Tiles {
         &self.codes[block * each..(block + 1) * each]
     }
 
+    /// All pieces of some blocks, one block after another.
+    pub(super) fn codes(&self, blocks: std::ops::Range<usize>) -> &[u8] {
+        let each = self.block_bytes();
+        &self.codes[blocks.start * each..blocks.end * each]
+    }
+
     /// The first piece of `rest`, which is number `i` of its group, the lines that it holds, and what follows.
     ///
     /// It is the codes `64 i ..` of the group for the rows of the block. Line `l` holds the codes `4 l .. 4 l + 4` of each row,
