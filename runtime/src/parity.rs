@@ -127,14 +127,13 @@ impl Parity {
             streams.push(run(&embed, &mut [Input::Tensor(&ids)])?);
         }
         drop(embed);
-        let width = (module.facts.kv_heads * module.facts.head_dim) as usize;
         let mut seen = HashSet::new();
         for f in module.layers() {
             if !seen.insert(structural_hash(module, module.func(f))) && !extent.every_layer {
                 continue;
             }
             let layer = engine.load(module, module.func(f), weights)?;
-            let mut caches = Caches::new(vec![layer_caches(&layer, width)], pages(tokens + 2));
+            let mut caches = Caches::new(vec![layer_caches(&layer, &module.facts)], pages(tokens + 2));
             let sequence = caches.add();
             for x in &mut streams {
                 let rows = [(sequence, x.shape()[1])];

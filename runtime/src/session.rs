@@ -6,7 +6,7 @@ use qrmc_ir::{DimEnv, EngineError, ModelFacts, Module, Prepared, Tensor, WeightS
 
 use crate::caches::Caches;
 use crate::cpu::gemm::DOT_ROWS;
-use crate::engine::{CpuEngine, Input, KvStore, Loaded, PAGE, Sequence, Source};
+use crate::engine::{CpuEngine, Input, KvStore, Loaded, Order, PAGE, Sequence, Source};
 use crate::layout::{Identity, Layouts};
 
 /// Positions that prefill runs at once, cut at multiples of as many, and rows of logits that exist at once.
@@ -100,15 +100,13 @@ impl Session {
 
     /// Empty caches with room for this many pages: [`crate::caches::pages`] of the positions of each sequence.
     pub fn caches(&self, pages: usize) -> Caches {
-        let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
-        Caches::new(self.layers.iter().map(|l| layer_caches(l, width)).collect(), pages)
+        Caches::new(self.layers.iter().map(|l| layer_caches(l, &self.facts)).collect(), pages)
     }
 
     /// Bytes of a page in the caches of all layers.
     pub fn page_bytes(&self) -> u64 {
-        let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
         let layer = |l: &Loaded| {
-            let (k, v) = layer_caches(l, width);
+            let (k, v) = layer_caches(l, &self.facts);
             (k.page_bytes() + v.page_bytes()) as u64
         };
         self.layers.iter().map(layer).sum()
@@ -226,10 +224,11 @@ pub(crate) fn load_end(
     }
 }
 
-/// Stores without pages for the keys and the values of a layer, of `width` elements.
-pub(crate) fn layer_caches(layer: &Loaded, width: usize) -> (KvStore, KvStore) {
-    let new = |param: u32| KvStore::new(width, layer.program().cache(param).flatten());
-    (new(KEYS), new(VALUES))
+/// Stores without pages for the keys and the values of a layer.
+pub(crate) fn layer_caches(layer: &Loaded, facts: &ModelFacts) -> (KvStore, KvStore) {
+    let sizes = ((facts.kv_heads * facts.head_dim) as usize, facts.head_dim as usize);
+    let new = |param, order| KvStore::new(sizes, order, layer.program().cache(param).flatten());
+    (new(KEYS, Order::Channels), new(VALUES, Order::Positions))
 }
 
 /// The last row of a stream `[1, S, n]`.

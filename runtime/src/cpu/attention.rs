@@ -21,6 +21,10 @@ mod run;
 
 /// Keys of a run.
 pub const RUN: usize = 256;
+/// Keys that lie side by side where they are multiplied.
+pub const PANEL: usize = 64;
+/// Floats in a cache line.
+const LINE: usize = 16;
 /// Query rows of all heads of a group that one task takes, about, and the most positions of these.
 const BLOCK: (usize, usize) = (512, 128);
 /// Sequences with more new positions are not cut into tasks at runs.
@@ -122,6 +126,43 @@ pub trait KvRows: Sync {
         count: usize,
         room: &'s mut [f32],
     ) -> MatRef<'s>;
+
+    /// The positions `from..from + count` of a head of a sequence, channel after channel: `[head_dim, PANEL]`, of which the
+    /// first `count` columns count. `from` is a multiple of [`PANEL`] and `count` at most that. `room` has as many elements,
+    /// and `spare`.
+    #[allow(clippy::too_many_arguments, reason = "what is read, and room for it")]
+    fn panel<'s>(
+        &'s self,
+        isa: Isa,
+        sequence: usize,
+        head: usize,
+        from: usize,
+        count: usize,
+        room: &'s mut [f32],
+        spare: &mut [f32],
+    ) -> &'s [f32] {
+        turned(self, isa, (sequence, head), from, count, room, spare);
+        room
+    }
+}
+
+/// [`KvRows::panel`] of pieces, which are turned.
+pub fn turned<K: KvRows + ?Sized>(
+    of: &K,
+    isa: Isa,
+    (sequence, head): (usize, usize),
+    from: usize,
+    count: usize,
+    room: &mut [f32],
+    spare: &mut [f32],
+) {
+    let (mut at, dim) = (0, room.len() / PANEL);
+    while at < count {
+        let together = of.together(sequence, from + at).min(count - at);
+        let piece = of.piece(sequence, head, from + at, together, &mut spare[..together * dim]);
+        run::turn(isa, piece, &mut room[at..], PANEL);
+        at += together;
+    }
 }
 
 impl KvRows for Rows<'_> {
@@ -287,46 +328,45 @@ impl Block<'_> {
     /// Computes the runs and hands over weighted values `[rows, head_dim]` with the maximum and the sum of each row.
     fn run(&self, q: &[&[f32]], scratch: &Scratch, done: impl FnOnce(&[f32], &[(f32, f64)])) {
         let (dim, rows, isa) = (self.head_dim, q.len(), self.isa);
-        let keys = (self.past + self.task.rows.end).min(RUN).next_multiple_of(64);
-        let mut room = scratch.take(2 * keys * dim + rows * (keys + 2 * dim));
-        let (turned, rest) = room.split_at_mut(keys * dim);
+        let keys = (self.past + self.task.rows.end).min(RUN).next_multiple_of(PANEL);
+        let len = (2 * keys + PANEL) * dim + rows * (keys + 2 * dim);
+        let mut room = scratch.take(len + LINE);
+        let skip = room.as_ptr().align_offset(4 * LINE).min(LINE);
+        let (panels, rest) = room[skip..skip + len].split_at_mut(keys * dim);
         let (pieces, rest) = rest.split_at_mut(keys * dim);
+        let (spare, rest) = rest.split_at_mut(PANEL * dim);
         let (scores, rest) = rest.split_at_mut(rows * keys);
         let (values, joined) = rest.split_at_mut(rows * dim);
         let (mut stats, mut all) = (vec![(0.0, 0.0); rows], vec![(0.0, 0.0); rows]);
         let mut joined = Joined { values: joined, stats: &mut all };
+        let (sequence, kv) = (self.task.sequence, self.task.kv);
         for run in self.task.runs.clone() {
             let limits = limits(self.past, &self.task.rows, run, self.group);
             let count = limits.last().copied().unwrap_or(0);
-            let mut at = 0;
-            for piece in self.pieces(self.k, run, count, &mut *pieces) {
-                run::turn(isa, piece, &mut turned[at..], keys);
-                at += piece.rows();
+            let mut k: SmallVec<[&[f32]; RUN / PANEL]> = SmallVec::new();
+            for (at, room) in (0..count).step_by(PANEL).zip(panels.chunks_exact_mut(PANEL * dim)) {
+                let (from, count) = (run * RUN + at, PANEL.min(count - at));
+                k.push(self.k.panel(isa, sequence, kv, from, count, room, spare));
             }
-            let values_of = self.pieces(self.v, run, count, &mut *pieces);
-            let of = Run { keys: turned, stride: keys, values: &values_of, scale: self.scale };
-            of.compute(isa, q, &limits, scores, values, &mut stats);
+            let v = self.pieces(run, count, pieces);
+            let of = Run { keys: &k, values: &v, scale: self.scale };
+            of.compute(isa, q, &limits, (&mut *scores, keys), values, &mut stats);
             let first = run == self.task.runs.start;
             isa.run(Join { joined: &mut joined, values, stats: &stats, limits: &limits, first });
         }
         done(joined.values, joined.stats);
     }
 
-    /// The first `count` positions of a run.
-    fn pieces<'s>(
-        &self,
-        of: &'s dyn KvRows,
-        run: usize,
-        count: usize,
-        mut room: &'s mut [f32],
-    ) -> SmallVec<[MatRef<'s>; 8]> {
+    /// The first `count` values of a run.
+    fn pieces<'s>(&'s self, run: usize, count: usize, mut room: &'s mut [f32]) -> SmallVec<[MatRef<'s>; 8]> {
         let (sequence, kv) = (self.task.sequence, self.task.kv);
         let (mut pieces, mut at) = (SmallVec::new(), 0);
         while at < count {
             let from = run * RUN + at;
-            let together = of.together(sequence, from).min(count - at);
+            // Pieces that stay in the first-level cache for all rows.
+            let together = self.v.together(sequence, from).min(count - at).min(PANEL);
             let (mine, rest) = room.split_at_mut(together * self.head_dim);
-            pieces.push(of.piece(sequence, kv, from, together, mine));
+            pieces.push(self.v.piece(sequence, kv, from, together, mine));
             (room, at) = (rest, at + together);
         }
         pieces

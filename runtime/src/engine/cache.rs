@@ -4,7 +4,7 @@ use qrmc_ir::pack::pack_row;
 use qrmc_ir::{EngineError, Grain};
 use qrmc_lowering::CacheForm;
 
-use crate::cpu::{KvRows, MatRef};
+use crate::cpu::{self, Isa, KvRows, MatRef};
 
 mod reader;
 mod table;
@@ -14,8 +14,10 @@ mod tests;
 pub(super) use reader::{Read, Reader};
 pub use table::{Sequence, Table};
 
-/// Positions of a page.
-pub const PAGE: usize = 64;
+/// Positions of a page: keys of a page are multiplied as they lie.
+pub const PAGE: usize = cpu::attention::PANEL;
+/// Floats in a cache line.
+const LINE: usize = 16;
 
 /// Pages of keys or of values of one layer, for all sequences. Which page holds what, the table of a [`Segment`] says.
 #[derive(Debug)]
@@ -28,18 +30,32 @@ pub struct KvStore {
 #[derive(Debug)]
 struct PageShape {
     form: Option<CacheForm>,
-    /// Elements of a row.
+    /// How floats lie.
+    order: Order,
+    /// Elements of a row, and of one head in it.
     width: usize,
+    head_dim: usize,
     /// Bytes of the codes of a row; 0 where rows are floats.
     row_bytes: usize,
     /// Elements that share a scale of their row; 0 where there are none.
     group: usize,
 }
 
+/// How the floats of a page lie, head after head.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// `[head_dim, PAGE]`: for keys, which are multiplied many at a time.
+    Channels,
+    /// `[PAGE, head_dim]`: for values.
+    Positions,
+}
+
 /// Rows of [`PAGE`] positions: floats, or bit streams as of [`qrmc_ir::RawWeight`] with scales and zero points.
 #[derive(Debug)]
 struct Page {
+    /// They begin at a cache line, at most [`LINE`] elements from the first.
     floats: Box<[f32]>,
+    skip: usize,
     codes: Box<[u8]>,
     scales: Box<[f32]>,
     zeros: Box<[u8]>,
@@ -110,7 +126,7 @@ impl<'a> Segments<'a> {
 }
 
 impl PageShape {
-    fn new(width: usize, form: Option<&CacheForm>) -> Self {
+    fn new((width, head_dim): (usize, usize), order: Order, form: Option<&CacheForm>) -> Self {
         let (bits, group) = match form {
             None => (0, 0),
             Some(form) => {
@@ -122,7 +138,8 @@ impl PageShape {
                 (usize::from(form.spec.bits), group)
             }
         };
-        PageShape { form: form.cloned(), width, row_bytes: (bits * width).div_ceil(8), group }
+        let row_bytes = (bits * width).div_ceil(8);
+        PageShape { form: form.cloned(), order, width, head_dim, row_bytes, group }
     }
 
     /// Scales of a row.
@@ -140,10 +157,12 @@ impl PageShape {
     }
 
     fn page(&self) -> Page {
-        let floats = if self.form.is_none() { self.width } else { 0 };
+        let floats = if self.form.is_none() { PAGE * self.width + LINE } else { 0 };
+        let floats: Box<[f32]> = vec![0.0; floats].into();
         let zeros = if self.zeros() { self.groups() } else { 0 };
         Page {
-            floats: vec![0.0; PAGE * floats].into(),
+            skip: floats.as_ptr().align_offset(4 * LINE).min(LINE),
+            floats,
             codes: vec![0; PAGE * self.row_bytes].into(),
             scales: vec![0.0; PAGE * self.groups()].into(),
             zeros: vec![0; PAGE * zeros].into(),
@@ -152,9 +171,9 @@ impl PageShape {
 }
 
 impl KvStore {
-    /// No pages yet, for rows of `width` elements as floats or as codes.
-    pub fn new(width: usize, form: Option<&CacheForm>) -> Self {
-        KvStore { shape: PageShape::new(width, form), pages: Vec::new() }
+    /// No pages yet, for rows of `width` elements, heads of `head_dim`, as floats or as codes.
+    pub fn new((width, head_dim): (usize, usize), order: Order, form: Option<&CacheForm>) -> Self {
+        KvStore { shape: PageShape::new((width, head_dim), order, form), pages: Vec::new() }
     }
 
     /// Bytes of a page.
@@ -169,6 +188,10 @@ impl KvStore {
 
     pub(super) fn width(&self) -> usize {
         self.shape.width
+    }
+
+    pub(super) fn head_dim(&self) -> usize {
+        self.shape.head_dim
     }
 
     pub(super) fn form(&self) -> Option<&CacheForm> {
@@ -186,7 +209,7 @@ impl KvStore {
     pub fn copy(&mut self, from: u32, to: u32) {
         let (from, to) = (from as usize, to as usize);
         if let Ok([x, y]) = self.pages.get_disjoint_mut([from, to]) {
-            y.floats.copy_from_slice(&x.floats);
+            y.floats[y.skip..].iter_mut().zip(&x.floats[x.skip..]).for_each(|(y, x)| *y = *x);
             y.codes.copy_from_slice(&x.codes);
             y.scales.copy_from_slice(&x.scales);
             y.zeros.copy_from_slice(&x.zeros);
@@ -229,13 +252,31 @@ impl KvStore {
 
     /// The rows `from..from + count` of a sequence as they are, `[count, width]`, if they are floats.
     pub(super) fn dense(&self, s: &Segment<'_>, from: usize, count: usize) -> Option<Vec<f32>> {
-        let width = self.shape.width;
-        let row = |t: usize| &self.pages[s.pages[t / PAGE] as usize].floats[t % PAGE * width..][..width];
-        self.form().is_none().then(|| (from..from + count).flat_map(row).copied().collect())
+        self.form().is_none().then(|| {
+            let row = |t: usize| {
+                let floats = self.pages[s.pages[t / PAGE] as usize].floats();
+                (0..self.shape.width).map(move |d| floats[self.shape.at(t % PAGE, d)])
+            };
+            (from..from + count).flat_map(row).collect()
+        })
+    }
+}
+
+impl Page {
+    fn floats(&self) -> &[f32] {
+        &self.floats[self.skip..]
     }
 }
 
 impl PageShape {
+    /// Where element `d` of row `t` of a page lies among its floats.
+    fn at(&self, t: usize, d: usize) -> usize {
+        match self.order {
+            Order::Channels => d * PAGE + t,
+            Order::Positions => (d / self.head_dim * PAGE + t) * self.head_dim + d % self.head_dim,
+        }
+    }
+
     /// Writes row `row` of the new ones to row `at` of a page.
     fn put(&self, page: &mut Page, at: usize, new: &NewRows<'_>, row: usize) -> Result<(), EngineError> {
         let (width, groups) = (self.width, self.groups());
@@ -246,7 +287,19 @@ impl PageShape {
         let elements = row * width..(row + 1) * width;
         match (new, &self.form) {
             (NewRows::Floats(x), None) => {
-                put(&mut page.floats, x, width);
+                let floats = &mut page.floats[page.skip..];
+                match self.order {
+                    Order::Channels => {
+                        let to = floats[at..].iter_mut().step_by(PAGE);
+                        to.zip(&x[elements]).for_each(|(y, x)| *y = *x);
+                    }
+                    Order::Positions => {
+                        for (head, x) in x[elements].chunks_exact(self.head_dim).enumerate() {
+                            let to = (head * PAGE + at) * self.head_dim;
+                            floats[to..to + self.head_dim].copy_from_slice(x);
+                        }
+                    }
+                }
                 return Ok(());
             }
             (NewRows::Unsigned(x, scales, zeros), Some(form)) => {
@@ -274,7 +327,15 @@ impl PageShape {
 pub(super) struct FloatRows<'a> {
     pub(super) store: &'a KvStore,
     pub(super) segments: &'a Segments<'a>,
-    pub(super) head_dim: usize,
+}
+
+impl FloatRows<'_> {
+    /// The page of a position, one head of it.
+    fn head(&self, s: usize, head: usize, at: usize) -> &[f32] {
+        let each = self.store.shape.head_dim * PAGE;
+        let page = &self.store.pages[self.segments.list[s].pages[at / PAGE] as usize];
+        &page.floats()[head * each..(head + 1) * each]
+    }
 }
 
 impl KvRows for FloatRows<'_> {
@@ -282,9 +343,41 @@ impl KvRows for FloatRows<'_> {
         PAGE - from % PAGE
     }
 
-    fn piece<'s>(&'s self, s: usize, head: usize, from: usize, count: usize, _: &'s mut [f32]) -> MatRef<'s> {
-        let (width, d) = (self.store.shape.width, self.head_dim);
-        let page = &self.store.pages[self.segments.list[s].pages[from / PAGE] as usize];
-        MatRef::strided(&page.floats[from % PAGE * width + head * d..], count, d, width, 1)
+    fn piece<'s>(
+        &'s self,
+        s: usize,
+        head: usize,
+        from: usize,
+        count: usize,
+        room: &'s mut [f32],
+    ) -> MatRef<'s> {
+        let (dim, floats) = (self.store.shape.head_dim, self.head(s, head, from));
+        match self.store.shape.order {
+            Order::Positions => MatRef::new(&floats[from % PAGE * dim..][..count * dim], count, dim),
+            Order::Channels => {
+                for (t, row) in room.chunks_exact_mut(dim).take(count).enumerate() {
+                    let channels = floats[from % PAGE + t..].iter().step_by(PAGE);
+                    row.iter_mut().zip(channels).for_each(|(y, x)| *y = *x);
+                }
+                MatRef::new(room, count, dim)
+            }
+        }
+    }
+
+    fn panel<'s>(
+        &'s self,
+        isa: Isa,
+        s: usize,
+        head: usize,
+        from: usize,
+        count: usize,
+        room: &'s mut [f32],
+        spare: &mut [f32],
+    ) -> &'s [f32] {
+        if self.store.shape.order == Order::Channels {
+            return self.head(s, head, from);
+        }
+        cpu::attention::turned(self, isa, (s, head), from, count, room, spare);
+        room
     }
 }

@@ -3,7 +3,7 @@
 use qrmc_ir::{AttnAttr, EngineError, Grain, Op, Tensor, TensorType};
 use qrmc_lowering::{Arg, CacheForm, CacheRead, Kernel, Step};
 
-use super::cache::{FloatRows, KvStore, NewRows, PAGE, Read, Reader, Segment, Segments};
+use super::cache::{FloatRows, KvStore, NewRows, Order, PAGE, Read, Reader, Segment, Segments};
 use super::exec::{In, Input, Slice, State, wrong_kind};
 use super::prims;
 use crate::cpu::{self, Heads, KvRows, Pool, Queries, Rows};
@@ -62,7 +62,7 @@ impl<'a> State<'a, '_> {
         // The cache is taken out while the operands are looked at.
         let Input::Cache(store, segments) = &mut self.args[p] else { return Ok(false) };
         let segments: &Segments<'_> = segments;
-        let mut held = std::mem::replace(&mut **store, KvStore::new(0, None));
+        let mut held = std::mem::replace(&mut **store, KvStore::new((0, 0), Order::Positions, None));
         let done = self.append(step, &mut held, segments, true);
         if let Input::Cache(store, _) = &mut self.args[p] {
             **store = held;
@@ -184,7 +184,7 @@ impl<'a> State<'a, '_> {
             positions,
         };
         let segments = Segments::new((0..batch).map(segment).collect());
-        let mut new = KvStore::new(width, Some(form));
+        let mut new = KvStore::new((width, head_of(form, width)), Order::Positions, Some(form));
         new.grow(pages.len());
         self.append(step, &mut new, &segments, false)?;
         let reader = self.reader(step, (&new, &segments), head_of(form, width))?;
@@ -233,7 +233,8 @@ impl<'a> State<'a, '_> {
             && let Input::Cache(store, segments) = &self.args[*p]
         {
             return Ok(match store.form() {
-                None => Held::Floats(FloatRows { store, segments, head_dim }),
+                None if store.head_dim() == head_dim => Held::Floats(FloatRows { store, segments }),
+                None => return Err(wrong_kind()),
                 Some(_) => Held::Codes(self.reader(step, (store, segments), head_dim)?),
             });
         }

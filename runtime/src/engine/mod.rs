@@ -27,7 +27,7 @@ use crate::cpu::{Isa, MatRef, Pool, Scratch};
 use crate::layout::Tiled;
 use consts::Constant;
 
-pub use cache::{KvStore, PAGE, Segment, Segments, Sequence, Table};
+pub use cache::{KvStore, Order, PAGE, Segment, Segments, Sequence, Table};
 pub use consts::Source;
 pub use exec::{Input, Watch};
 

@@ -5,13 +5,12 @@ use super::super::reduce::{exp_below, max_of};
 #[cfg(target_arch = "x86_64")]
 use super::super::simd::Level;
 use super::super::simd::{Isa, Kernel, Lanes};
+use super::PANEL;
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
 
 /// Rows of a left side that are multiplied together.
 const ROWS: usize = 4;
-/// Columns of scores that are computed together.
-const COLUMNS: usize = 64;
 
 /// `out[i] += a[i] b`, or `out[i] = a[i] b` where not `keep`: up to four rows `a[i]` of `b.rows()` elements, products added
 /// from the first row of `b` to the last, each sum on its own.
@@ -66,9 +65,8 @@ pub(super) fn turn(isa: Isa, x: MatRef<'_>, out: &mut [f32], stride: usize) {
 /// The part of an attention that falls to one run of keys: for each query row the largest score, the sum of the
 /// exponentials below it, and the values weighted by these.
 pub(super) struct Run<'a> {
-    /// Keys of the run, transposed: `[head_dim, stride]`.
-    pub(super) keys: &'a [f32],
-    pub(super) stride: usize,
+    /// Keys of the run, [`PANEL`] by [`PANEL`]: `[head_dim, PANEL]` each.
+    pub(super) keys: &'a [&'a [f32]],
     /// Values of the run, piece after piece, `[positions, head_dim]` each.
     pub(super) values: &'a [MatRef<'a>],
     pub(super) scale: f32,
@@ -82,60 +80,53 @@ impl Run<'_> {
         isa: Isa,
         q: &[&[f32]],
         limits: &[usize],
-        scores: &mut [f32],
+        (scores, stride): (&mut [f32], usize),
         values: &mut [f32],
         stats: &mut [(f32, f32)],
     ) {
         let Some(dim) = q.first().map(|q| q.len()) else { return };
-        let seen = limits.iter().take_while(|&&n| n == 0).count();
-        let mut from = seen;
-        while from < q.len() {
-            let rows = from..q.len().min(from + ROWS);
-            let most = limits[rows.end - 1];
-            let keys = most.next_multiple_of(COLUMNS).min(self.stride);
-            let keys = MatRef::strided(self.keys, dim, keys, self.stride, 1);
-            let part = &mut scores[rows.start * self.stride..rows.end * self.stride];
-            let mut outs: [&mut [f32]; ROWS] = Default::default();
-            outs.iter_mut().zip(part.chunks_exact_mut(self.stride)).for_each(|(o, p)| *o = p);
-            add_rows(isa, &q[rows.clone()], keys, &mut outs[..rows.len()], false);
-            from = rows.end;
-        }
-        isa.run(Weights { scores, stride: self.stride, scale: self.scale, limits, stats });
-        from = seen;
-        while from < q.len() {
-            let rows = from..q.len().min(from + ROWS);
-            let mut outs: [&mut [f32]; ROWS] = Default::default();
-            let part = &mut values[rows.start * dim..rows.end * dim];
-            outs.iter_mut().zip(part.chunks_exact_mut(dim)).for_each(|(o, p)| *o = p);
-            let weights: [&[f32]; ROWS] = std::array::from_fn(|i| {
-                let row = rows.start + i;
-                if row < rows.end { &scores[row * self.stride..][..self.stride] } else { &[] }
-            });
-            self.weigh(isa, &weights[..rows.len()], &limits[rows.clone()], &mut outs[..rows.len()]);
-            from = rows.end;
-        }
-    }
-
-    /// The weighted values of up to four rows.
-    fn weigh(&self, isa: Isa, weights: &[&[f32]], limits: &[usize], outs: &mut [&mut [f32]]) {
-        let (common, mut at) = (limits[0], 0);
-        for piece in self.values {
-            let (count, dim) = (piece.rows(), piece.cols());
-            let shared = common.saturating_sub(at).min(count);
-            if shared > 0 {
-                let weights: [&[f32]; ROWS] =
-                    std::array::from_fn(|i| weights.get(i).map_or(&[][..], |w| &w[at..]));
-                add_rows(isa, &weights[..limits.len()], piece.part(0, 0, shared, dim), outs, at > 0);
+        // Rows that see something beyond the first `at` keys.
+        let beyond = |at: usize| limits.partition_point(|&n| n <= at);
+        for (panel, keys) in self.keys.iter().enumerate() {
+            let (at, keys) = (panel * PANEL, MatRef::new(keys, dim, PANEL));
+            let mut from = beyond(at);
+            while from < q.len() {
+                let rows = from..q.len().min(from + ROWS);
+                let part = &mut scores[rows.start * stride..rows.end * stride];
+                let mut outs: [&mut [f32]; ROWS] = Default::default();
+                let parts = part.chunks_exact_mut(stride).map(|row| &mut row[at..at + PANEL]);
+                outs.iter_mut().zip(parts).for_each(|(o, p)| *o = p);
+                add_rows(isa, &q[rows.clone()], keys, &mut outs[..rows.len()], false);
+                from = rows.end;
             }
-            for (i, &limit) in limits.iter().enumerate() {
-                let mine = limit.saturating_sub(at).min(count);
-                if mine > shared {
-                    let rest = piece.part(shared, 0, mine - shared, dim);
-                    let keep = at + shared > 0;
-                    add_rows(isa, &[&weights[i][at + shared..]], rest, &mut outs[i..=i], keep);
+        }
+        isa.run(Weights { scores, stride, scale: self.scale, limits, stats });
+        let mut at = 0;
+        for &piece in self.values {
+            let mut from = beyond(at);
+            while from < q.len() {
+                let rows = from..q.len().min(from + ROWS);
+                let mut outs: [&mut [f32]; ROWS] = Default::default();
+                let part = &mut values[rows.start * dim..rows.end * dim];
+                outs.iter_mut().zip(part.chunks_exact_mut(dim)).for_each(|(o, p)| *o = p);
+                let weights: [&[f32]; ROWS] = std::array::from_fn(|i| {
+                    let row = rows.start + i;
+                    if row < rows.end { &scores[row * stride + at..(row + 1) * stride] } else { &[] }
+                });
+                let mine = |limit: usize| (limit - at).min(piece.rows());
+                let shared = mine(limits[rows.start]);
+                let (weights, outs) = (&weights[..rows.len()], &mut outs[..rows.len()]);
+                add_rows(isa, weights, piece.part(0, 0, shared, dim), outs, at > 0);
+                for (i, &limit) in limits[rows.clone()].iter().enumerate() {
+                    let count = mine(limit) - shared;
+                    if count > 0 {
+                        let rest = piece.part(shared, 0, count, dim);
+                        add_rows(isa, &[&weights[i][shared..]], rest, &mut outs[i..=i], true);
+                    }
                 }
+                from = rows.end;
             }
-            at += count;
+            at += piece.rows();
         }
     }
 }

@@ -98,7 +98,7 @@ fn rows_come_back_as_their_codes_say() {
                     continue;
                 }
                 let form = CacheForm { spec, reads: Vec::new() };
-                let mut store = KvStore::new(WIDTH, Some(&form));
+                let mut store = KvStore::new((WIDTH, 8), Order::Channels, Some(&form));
                 store.grow(4);
                 assert_eq!(store.bytes(), 4 * store.page_bytes());
                 let mut parts = [New::of(spec, first, 1), New::of(spec, second, 7)];
@@ -142,7 +142,7 @@ fn a_copied_page_is_a_page_of_its_own() {
     let spec = QuantSpec::asym(3, Grain::Group(8));
     let form = CacheForm { spec, reads: Vec::new() };
     let (a, b) = (New::of(spec, 4, 1), New::of(spec, 2, 5));
-    let mut store = KvStore::new(WIDTH, Some(&form));
+    let mut store = KvStore::new((WIDTH, 8), Order::Channels, Some(&form));
     store.grow(2);
     let (whole, copies, positions) = ([vec![0], vec![1]], [vec![2], vec![3]], [0, 1, 2, 3]);
     a.append(&mut store, &segments(&whole, 0, 4, &positions)).unwrap();
@@ -182,7 +182,7 @@ fn rows_are_turned_by_their_position_when_they_are_read() {
     let attr = RopeAttr { head_dim: 8, theta: Real(10000.0), scaling: RopeScaling::None };
     let form = CacheForm { spec, reads: vec![CacheRead::Rope { attr, operand: 4 }] };
     let new = New::of(spec, 3, 1);
-    let mut store = KvStore::new(WIDTH, Some(&form));
+    let mut store = KvStore::new((WIDTH, 8), Order::Channels, Some(&form));
     store.grow(2);
     let (tables, positions) = ([vec![1], vec![0]], [5, 6, 9]);
     let segments = segments(&tables, 0, 3, &positions);
