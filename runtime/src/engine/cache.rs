@@ -161,7 +161,7 @@ impl PageShape {
         let floats: Box<[f32]> = vec![0.0; floats].into();
         let zeros = if self.zeros() { self.groups() } else { 0 };
         Page {
-            skip: floats.as_ptr().align_offset(4 * LINE).min(LINE),
+            skip: floats.as_ptr().align_offset(4 * LINE).min(LINE).min(floats.len()),
             floats,
             codes: vec![0; PAGE * self.row_bytes].into(),
             scales: vec![0.0; PAGE * self.groups()].into(),
