@@ -205,7 +205,7 @@ impl Session {
 fn reused(known: usize, len: usize) -> usize {
     let mut held = known.min(len.saturating_sub(1) / PAGE * PAGE);
     let end = len.min((held / CHUNK + 1) * CHUNK);
-    if held % CHUNK > 0 && end - held <= DOT_ROWS {
+    if !held.is_multiple_of(CHUNK) && end - held <= DOT_ROWS {
         held -= PAGE;
     }
     held

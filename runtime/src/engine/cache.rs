@@ -6,6 +6,8 @@ use qrmc_lowering::CacheForm;
 
 use crate::cpu::{self, Isa, KvRows, MatRef};
 
+#[cfg(test)]
+mod attention_tests;
 mod reader;
 mod table;
 #[cfg(test)]

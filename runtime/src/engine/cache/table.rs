@@ -298,3 +298,6 @@ impl Table {
         Segments::new(parts.iter().filter_map(segment).collect())
     }
 }
+
+#[cfg(test)]
+mod tests;

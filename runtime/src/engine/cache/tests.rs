@@ -10,7 +10,7 @@ const WIDTH: usize = 32;
 const BATCH: usize = 2;
 
 /// Codes, scales and zero points of `rows` rows of each sequence, and the values that they stand for.
-struct New {
+pub(super) struct New {
     spec: QuantSpec,
     codes: Vec<i32>,
     scales: Vec<f32>,
@@ -18,14 +18,14 @@ struct New {
 }
 
 impl New {
-    fn of(spec: QuantSpec, rows: usize, seed: u64) -> Self {
+    pub(super) fn of(spec: QuantSpec, batch: usize, rows: usize, seed: u64) -> Self {
         let (least, count) = (spec.qmin(), 1 << spec.bits);
         let code = |x: &f32| least + (((x + 1.0) / 2.0 * count as f32) as i32).min(count - 1);
-        let codes = noise(BATCH * rows * WIDTH, seed).iter().map(code).collect();
+        let codes = noise(batch * rows * WIDTH, seed).iter().map(code).collect();
         let sides = match spec.grain {
-            Grain::Group(g) => BATCH * rows * WIDTH / g as usize,
+            Grain::Group(g) => batch * rows * WIDTH / g as usize,
             Grain::Channel => WIDTH,
-            _ => BATCH * rows,
+            _ => batch * rows,
         };
         let zeros = if spec.zero { sides } else { 0 };
         New {
@@ -36,7 +36,7 @@ impl New {
         }
     }
 
-    fn append(&self, store: &mut KvStore, segments: &Segments<'_>) -> Result<(), EngineError> {
+    pub(super) fn append(&self, store: &mut KvStore, segments: &Segments<'_>) -> Result<(), EngineError> {
         if self.spec.signed {
             let codes: Vec<i8> = self.codes.iter().map(|&c| c as i8).collect();
             store.append(&NewRows::Signed(&codes, &self.scales), segments)
@@ -101,7 +101,7 @@ fn rows_come_back_as_their_codes_say() {
                 let mut store = KvStore::new((WIDTH, 8), Order::Channels, Some(&form));
                 store.grow(4);
                 assert_eq!(store.bytes(), 4 * store.page_bytes());
-                let mut parts = [New::of(spec, first, 1), New::of(spec, second, 7)];
+                let mut parts = [New::of(spec, BATCH, first, 1), New::of(spec, BATCH, second, 7)];
                 if grain == Grain::Channel {
                     parts[1].scales = parts[0].scales.clone();
                     parts[1].zeros = parts[0].zeros.clone();
@@ -141,7 +141,7 @@ fn rows_come_back_as_their_codes_say() {
 fn a_copied_page_is_a_page_of_its_own() {
     let spec = QuantSpec::asym(3, Grain::Group(8));
     let form = CacheForm { spec, reads: Vec::new() };
-    let (a, b) = (New::of(spec, 4, 1), New::of(spec, 2, 5));
+    let (a, b) = (New::of(spec, BATCH, 4, 1), New::of(spec, BATCH, 2, 5));
     let mut store = KvStore::new((WIDTH, 8), Order::Channels, Some(&form));
     store.grow(2);
     let (whole, copies, positions) = ([vec![0], vec![1]], [vec![2], vec![3]], [0, 1, 2, 3]);
@@ -171,7 +171,7 @@ fn a_copied_page_is_a_page_of_its_own() {
     );
     assert!(fault(&NewRows::Floats(&[0.0; WIDTH]), &one, &mut store).contains("32 elements"));
     let many: Vec<i32> = (0..PAGE as i32 + 1).collect();
-    let full = New::of(spec, PAGE + 1, 9);
+    let full = New::of(spec, BATCH, PAGE + 1, 9);
     let fault = full.append(&mut store, &segments(&whole, 0, PAGE + 1, &many)).unwrap_err();
     assert!(fault.to_string().contains("65 positions do not fit 1 pages"), "{fault}");
 }
@@ -181,7 +181,7 @@ fn rows_are_turned_by_their_position_when_they_are_read() {
     let spec = QuantSpec::asym(4, Grain::Channel);
     let attr = RopeAttr { head_dim: 8, theta: Real(10000.0), scaling: RopeScaling::None };
     let form = CacheForm { spec, reads: vec![CacheRead::Rope { attr, operand: 4 }] };
-    let new = New::of(spec, 3, 1);
+    let new = New::of(spec, BATCH, 3, 1);
     let mut store = KvStore::new((WIDTH, 8), Order::Channels, Some(&form));
     store.grow(2);
     let (tables, positions) = ([vec![1], vec![0]], [5, 6, 9]);
