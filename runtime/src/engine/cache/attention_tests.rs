@@ -40,13 +40,16 @@ fn filled<'a>(
 
 /// Compares an attention of all sequences with the definition, of each alone, and row by row.
 fn compare(segments: &Segments<'_>, k: &dyn KvRows, v: &dyn KvRows, all: &[[Vec<f32>; 2]], what: &str) {
+    // Scores of a few units, whatever the codes stand for.
+    let largest = all.iter().flat_map(|[k, _]| k).fold(0f32, |m, x| m.max(x.abs()));
+    let scale = 1.0 / largest;
     let width = HEADS.heads * HEADS.head_dim;
     let queries: Vec<Queries> =
         segments.list().iter().map(|s| Queries { first: s.first, rows: s.rows, past: s.past }).collect();
     let q: Vec<f32> = noise(segments.rows() * width, 3).iter().map(|x| 2.0 * x).collect();
     let run = |pool: &Pool, isa: Isa, queries: &[Queries]| {
         let mut out = vec![f32::NAN; q.len()];
-        attention(pool, isa, &HEADS, queries, 0.5, &q, k, v, &mut out, &Scratch::new());
+        attention(pool, isa, &HEADS, queries, scale, &q, k, v, &mut out, &Scratch::new());
         out
     };
     for isa in Isa::available() {
@@ -55,10 +58,14 @@ fn compare(segments: &Segments<'_>, k: &dyn KvRows, v: &dyn KvRows, all: &[[Vec<
         assert_eq!(bits(&run(one, isa, &queries)), bits(&have), "{what}: threads");
         for (i, s) in queries.iter().enumerate() {
             let rows = s.first * width..(s.first + s.rows) * width;
+            // Sums cancel: errors are relative to the values that are added.
+            let size = all[i][1].iter().fold(1f32, |m, x| m.max(x.abs()));
             let want: Vec<f64> = (0..s.rows)
-                .flat_map(|r| naive(&q[(s.first + r) * width..], s.past + r + 1, &all[i]))
+                .flat_map(|r| naive(&q[(s.first + r) * width..], scale, s.past + r + 1, &all[i]))
+                .map(|x| x / f64::from(size))
                 .collect();
-            close(&have[rows.clone()], &want, 2e-5, &format!("{what}: text {i}, {}", isa.name()));
+            let mine: Vec<f32> = have[rows].iter().map(|x| x / size).collect();
+            close(&mine, &want, 3e-6, &format!("{what}: text {i}, {}", isa.name()));
         }
         // A slot of the list names the store's sequence, so others are left without rows.
         for i in 0..queries.len() {
@@ -81,13 +88,14 @@ fn compare(segments: &Segments<'_>, k: &dyn KvRows, v: &dyn KvRows, all: &[[Vec<
 }
 
 /// One row of queries on the first `seen` keys and values, `[positions, WIDTH]`.
-fn naive(q: &[f32], seen: usize, [k, v]: &[Vec<f32>; 2]) -> Vec<f64> {
+fn naive(q: &[f32], scale: f32, seen: usize, [k, v]: &[Vec<f32>; 2]) -> Vec<f64> {
     let Heads { heads, kv_heads, head_dim: d } = HEADS;
     let mut out = Vec::new();
     for h in 0..heads {
         let at = h / (heads / kv_heads) * d;
         let score = |t: usize| {
-            0.5 * (0..d).map(|i| f64::from(q[h * d + i]) * f64::from(k[t * WIDTH + at + i])).sum::<f64>()
+            f64::from(scale)
+                * (0..d).map(|i| f64::from(q[h * d + i]) * f64::from(k[t * WIDTH + at + i])).sum::<f64>()
         };
         let scores: Vec<f64> = (0..seen).map(score).collect();
         let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
