@@ -39,6 +39,12 @@ pub(crate) fn available_bytes() -> Option<u64> {
     from_table("/proc/meminfo", "MemAvailable:")
 }
 
+/// Bytes that a command may fill with what it can also do without: what is available but for an eighth, or a gigabyte where
+/// the system does not say.
+pub(crate) fn free_bytes() -> u64 {
+    available_bytes().map_or(1 << 30, |n| n / 8 * 7)
+}
+
 fn resident(key: &str) -> u64 {
     from_table("/proc/self/status", key).unwrap_or(0)
 }

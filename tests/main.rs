@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed test panics")]
 
 mod awq;
+mod batching;
 mod cli;
 mod degenerate;
 mod gptq;

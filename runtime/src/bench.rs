@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
-use qrmc_ir::{EngineError, Tensor};
+use qrmc_ir::EngineError;
 
-use crate::engine::CpuEngine;
+use crate::caches::pages;
+use crate::engine::{CpuEngine, Sequence};
 use crate::session::{CHUNK, Session};
 
 /// Bytes that are read to measure what memory gives: far more than caches hold.
@@ -23,34 +24,40 @@ pub struct Speed {
     pub step_bytes: u64,
 }
 
-/// Runs `prompt` tokens of `batch` sequences at once, then `new` tokens one after another behind empty caches, and times
-/// both. Tokens are arbitrary; no token ends a text.
+/// Runs `prompt` tokens of each of `batch` sequences, one sequence after another as generation does, then `new` tokens of all
+/// of them side by side behind empty caches, and times both. Tokens are arbitrary; no token ends a text.
 ///
 /// # Errors
 /// What the engine says.
 pub fn speed(model: &Session, batch: usize, prompt: usize, new: usize) -> Result<Speed, EngineError> {
-    let vocab = model.facts().vocab as usize;
-    let ids = |at: usize, seq: usize| {
-        let id = |i: usize| ((at + i) * 7919 % vocab.max(1)) as i32;
-        Tensor::i32([batch, seq], (0..batch * seq).map(id).collect())
+    let vocab = model.facts().vocab.max(1) as usize;
+    let tokens = |at: usize, count: usize| -> Vec<u32> {
+        (at..at + count).map(|i| (i * 7919 % vocab) as u32).collect()
     };
     let rate =
         |tokens: usize, start: Instant| (batch * tokens) as f64 / start.elapsed().as_secs_f64().max(1e-9);
     let mut prefill = None;
     if prompt > 0 {
-        let mut caches = model.caches(batch, prompt);
+        let prompts: Vec<Vec<u32>> = (0..batch).map(|b| tokens(b * prompt, prompt)).collect();
+        let mut caches = model.caches(batch * pages(prompt));
         let start = Instant::now();
-        for from in (0..prompt).step_by(CHUNK) {
-            model.stream(&ids(from, CHUNK.min(prompt - from)), &mut caches)?;
+        for prompt in &prompts {
+            let sequence = caches.add();
+            for part in prompt.chunks(CHUNK) {
+                model.stream(&mut caches, &[(sequence, part)])?;
+            }
         }
         prefill = Some(rate(prompt, start));
     }
     let (mut decode, mut step_bytes) = (None, 0);
     if new > 0 {
-        let mut caches = model.caches(batch, new);
+        let mut caches = model.caches(batch * pages(new));
+        let sequences: Vec<Sequence> = (0..batch).map(|_| caches.add()).collect();
         let start = Instant::now();
         for at in 0..new {
-            model.logits(&model.stream(&ids(at, 1), &mut caches)?)?;
+            let next = tokens(at, batch);
+            let parts: Vec<(Sequence, &[u32])> = sequences.iter().copied().zip(next.chunks(1)).collect();
+            model.logits(&model.stream(&mut caches, &parts)?)?;
         }
         decode = Some(rate(new, start));
         step_bytes = model.step_bytes() + caches.bytes() as u64 / 2;

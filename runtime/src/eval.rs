@@ -2,6 +2,7 @@
 
 use qrmc_ir::{EngineError, Tensor};
 
+use crate::caches::pages;
 use crate::cpu::reduce::{argmax, log_softmax_stats};
 use crate::engine::CpuEngine;
 use crate::session::{Session, row_parts};
@@ -69,9 +70,8 @@ pub fn score_text(
     let mut score = TextScore::default();
     for w in windows {
         let window = &tokens[w.range.clone()];
-        let ids = Tensor::i32([1, window.len()], window.iter().map(|&t| t as i32).collect());
-        let stream = model.stream(&ids, &mut model.caches(1, window.len()))?;
-        let other = reference.map(|r| r.stream(&ids, &mut r.caches(1, window.len()))).transpose()?;
+        let stream = whole(model, window)?;
+        let other = reference.map(|r| whole(r, window)).transpose()?;
         let mut others = other.iter().flat_map(row_parts);
         let mut at = 0;
         for part in row_parts(&stream) {
@@ -105,6 +105,13 @@ pub fn score_text(
         }
     }
     Ok(score)
+}
+
+/// The residual stream of a window on its own.
+fn whole(model: &Session, window: &[u32]) -> Result<Tensor, EngineError> {
+    let mut caches = model.caches(pages(window.len()));
+    let sequence = caches.add();
+    model.stream(&mut caches, &[(sequence, window)])
 }
 
 fn score_rows(

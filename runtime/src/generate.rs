@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use qrmc_ir::EngineError;
 
+use crate::caches::pages;
 use crate::sample::{SampleError, SampleParams, Sampler};
 use crate::session::Session;
 
@@ -79,11 +80,11 @@ pub fn generate(
         );
         return Err(GenerateError::Prompt(m));
     }
-    let room = context.min(prompt.len() + params.max_new);
+    let room = context.min(prompt.len().saturating_add(params.max_new));
     let mut sampler = Sampler::new(params.sample)?;
-    let mut caches = model.caches(1, room);
+    let mut caches = model.caches(pages(room));
     let start = Instant::now();
-    let mut logits = model.prefill(prompt, &mut caches)?;
+    let (sequence, mut logits) = model.start(&mut caches, prompt)?;
     let prefill = start.elapsed();
     let start = Instant::now();
     let mut tokens = Vec::new();
@@ -99,11 +100,11 @@ pub fn generate(
         if !on_token(token) {
             break Ending::Cancelled;
         }
-        if caches.len() + 1 > context {
+        if caches.len(sequence) + 1 > context {
             break Ending::Context;
         }
         if tokens.len() < params.max_new {
-            logits = model.prefill(&[token], &mut caches)?;
+            logits = model.prefill(&mut caches, sequence, &[token])?;
         }
     };
     Ok(Generated { tokens, ending, prefill, decode: start.elapsed() })

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod bench;
+pub mod caches;
 pub mod cpu;
 pub mod engine;
 pub mod eval;

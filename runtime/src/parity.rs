@@ -8,8 +8,9 @@ use qrmc_ir::{
 };
 use qrmc_lowering::{Kernel, Step};
 
+use crate::caches::{Caches, pages};
 use crate::engine::{CpuEngine, Input, Loaded, Source, Watch};
-use crate::session::{last_row, layer_caches, load_end, positions};
+use crate::session::{last_row, layer_caches, load_end};
 
 /// How far a float result may be from the reference, relative to the largest magnitude of the result, or to the largest sum
 /// of the magnitudes of what a product adds.
@@ -126,19 +127,22 @@ impl Parity {
             streams.push(run(&embed, &mut [Input::Tensor(&ids)])?);
         }
         drop(embed);
-        let width = (module.facts.kv_heads * module.facts.head_dim) as usize;
         let mut seen = HashSet::new();
         for f in module.layers() {
             if !seen.insert(structural_hash(module, module.func(f))) && !extent.every_layer {
                 continue;
             }
             let layer = engine.load(module, module.func(f), weights)?;
-            let (mut k, mut v) = layer_caches(&layer, 1, tokens + 2, width);
+            let mut caches = Caches::new(vec![layer_caches(&layer, &module.facts)], pages(tokens + 2));
+            let sequence = caches.add();
             for x in &mut streams {
-                let pos = positions(k.len(), x.shape()[1]);
-                let mut args =
-                    [Input::Tensor(x), Input::Tensor(&pos), Input::Cache(&mut k), Input::Cache(&mut v)];
-                *x = run(&layer, &mut args)?;
+                let rows = [(sequence, x.shape()[1])];
+                caches.extend(&rows)?;
+                let (stores, segments) = caches.run(&rows);
+                let pos = Tensor::i32([rows[0].1], segments.new_positions().collect());
+                let [(k, v)] = stores else { continue };
+                let (k, v) = (Input::Cache(k, &segments), Input::Cache(v, &segments));
+                *x = run(&layer, &mut [Input::Tensor(x), Input::Tensor(&pos), k, v])?;
             }
         }
         let head = load("head")?;

@@ -4,10 +4,12 @@ use std::path::Path;
 
 use qrmc_ir::{DimEnv, EngineError, ModelFacts, Module, Prepared, Tensor, WeightSource};
 
-use crate::engine::{CpuEngine, Input, KvCache, Loaded, Source};
+use crate::caches::Caches;
+use crate::cpu::gemm::DOT_ROWS;
+use crate::engine::{CpuEngine, Input, KvStore, Loaded, Order, PAGE, Sequence, Source};
 use crate::layout::{Identity, Layouts};
 
-/// Positions that prefill runs at once, and rows of logits that exist at once.
+/// Positions that prefill runs at once, cut at multiples of as many, and rows of logits that exist at once.
 pub const CHUNK: usize = 512;
 
 /// Parameters of a layer that are its caches.
@@ -20,56 +22,6 @@ pub struct Session {
     layers: Vec<Loaded>,
     head: Loaded,
     facts: ModelFacts,
-}
-
-/// Keys and values of every layer.
-pub struct Caches(Vec<(KvCache, KvCache)>);
-
-impl Caches {
-    /// Positions held.
-    pub fn len(&self) -> usize {
-        self.0.first().map_or(0, |(k, _)| k.len())
-    }
-
-    /// Whether nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Bytes of the memory that all of them take.
-    pub fn bytes(&self) -> usize {
-        self.0.iter().map(|(k, v)| k.bytes() + v.bytes()).sum()
-    }
-
-    /// Forgets all positions from `len` on.
-    pub fn truncate(&mut self, len: usize) {
-        for (k, v) in &mut self.0 {
-            k.truncate(len);
-            v.truncate(len);
-        }
-    }
-
-    /// The sequences of several caches, one after another, with room for `capacity` positions each.
-    ///
-    /// # Errors
-    /// If they do not hold equally many positions of one model, or more than `capacity`.
-    pub fn join(parts: &[Caches], capacity: usize) -> Result<Self, EngineError> {
-        let layers = parts.iter().map(|p| p.0.len()).min().unwrap_or(0);
-        let layer = |i: usize| {
-            let keys: Vec<&KvCache> = parts.iter().map(|p| &p.0[i].0).collect();
-            let values: Vec<&KvCache> = parts.iter().map(|p| &p.0[i].1).collect();
-            Ok((KvCache::join(&keys, capacity)?, KvCache::join(&values, capacity)?))
-        };
-        Ok(Caches((0..layers).map(layer).collect::<Result<_, EngineError>>()?))
-    }
-
-    /// Keeps the sequences for which `keep` says so, in their order.
-    pub fn retain(&mut self, keep: impl Fn(usize) -> bool) {
-        for (k, v) in &mut self.0 {
-            k.retain(&keep);
-            v.retain(&keep);
-        }
-    }
 }
 
 impl Session {
@@ -146,39 +98,59 @@ impl Session {
         (self.layers.iter().map(Loaded::bytes).sum::<usize>() + self.head.bytes()) as u64
     }
 
-    /// Empty caches with room for `capacity` positions of `batch` sequences.
-    pub fn caches(&self, batch: usize, capacity: usize) -> Caches {
-        let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
-        Caches(self.layers.iter().map(|l| layer_caches(l, batch, capacity, width)).collect())
+    /// Empty caches with room for this many pages: [`crate::caches::pages`] of the positions of each sequence.
+    pub fn caches(&self, pages: usize) -> Caches {
+        Caches::new(self.layers.iter().map(|l| layer_caches(l, &self.facts)).collect(), pages)
     }
 
-    /// Bytes that `batch` sequences take with room for `capacity` positions each, of which `seq` run at once: caches, and the
-    /// buffers of the function that needs most.
-    pub fn run_bytes(&self, batch: usize, seq: usize, capacity: usize) -> u64 {
-        let width = (self.facts.kv_heads * self.facts.head_dim) as usize;
-        let cache = |l: &Loaded, param: u32| {
-            KvCache::bytes_for(batch, capacity, width, l.program().cache(param).flatten())
+    /// Bytes of a page in the caches of all layers.
+    pub fn page_bytes(&self) -> u64 {
+        let layer = |l: &Loaded| {
+            let (k, v) = layer_caches(l, &self.facts);
+            (k.page_bytes() + v.page_bytes()) as u64
         };
-        let caches = self.layers.iter().map(|l| cache(l, KEYS).saturating_add(cache(l, VALUES)));
-        // Where caches grow in place, what a run sees of them is no buffer.
-        let dims = DimEnv { batch, seq, past: 0 };
-        let funcs = [&self.embed, &self.head].into_iter().chain(&self.layers);
-        let buffers = funcs.map(|f| f.program().buffer_bytes(&dims) as u64).max().unwrap_or(0);
-        caches.fold(buffers, u64::saturating_add)
+        self.layers.iter().map(layer).sum()
     }
 
-    /// The residual stream behind the last layer, `[B, S, hidden]`, for token ids `[B, S]` that follow what the caches
-    /// hold; their keys and values are appended.
+    /// Bytes of the buffers of a run of this many rows: those of the function that needs most.
+    pub fn buffer_bytes(&self, rows: usize) -> u64 {
+        // Where caches grow in place, what a run sees of them is no buffer.
+        let dims = DimEnv { batch: 1, seq: rows, past: 0 };
+        let funcs = [&self.embed, &self.head].into_iter().chain(&self.layers);
+        funcs.map(|f| f.program().buffer_bytes(&dims) as u64).max().unwrap_or(0)
+    }
+
+    /// The residual stream behind the last layer, `[1, rows, hidden]`, for tokens that follow what the caches hold of some
+    /// sequences, one sequence after another; their keys and values are appended.
     ///
     /// # Errors
-    /// If an id is outside the vocabulary or the caches are full.
-    pub fn stream(&self, ids: &Tensor, caches: &mut Caches) -> Result<Tensor, EngineError> {
-        let (past, seq) = (caches.len(), ids.shape()[1]);
-        let pos = positions(past, seq);
-        let mut x = self.embed.run(&[ids])?.remove(0);
-        for (layer, (k, v)) in self.layers.iter().zip(&mut caches.0) {
-            let mut args = [Input::Tensor(&x), Input::Tensor(&pos), Input::Cache(k), Input::Cache(v)];
-            x = layer.run_inputs(&mut args)?.remove(0);
+    /// If an id is outside the vocabulary, the caches are full, or a sequence is not there; they then hold what they held.
+    pub fn stream(&self, caches: &mut Caches, parts: &[(Sequence, &[u32])]) -> Result<Tensor, EngineError> {
+        let rows: Vec<(Sequence, usize)> = parts.iter().map(|&(s, tokens)| (s, tokens.len())).collect();
+        caches.extend(&rows)?;
+        let stream = self.run(caches, parts, &rows);
+        if stream.is_err() {
+            rows.iter().for_each(|&(s, n)| caches.truncate(s, caches.len(s) - n));
+        }
+        stream
+    }
+
+    fn run(
+        &self,
+        caches: &mut Caches,
+        parts: &[(Sequence, &[u32])],
+        rows: &[(Sequence, usize)],
+    ) -> Result<Tensor, EngineError> {
+        let (stores, segments) = caches.run(rows);
+        let all = segments.rows();
+        let tokens = parts.iter().flat_map(|(_, tokens)| tokens.iter());
+        let ids = Tensor::i32([1, all], tokens.map(|&t| t as i32).collect());
+        let pos = Tensor::i32([all], segments.new_positions().collect());
+        let mut x = self.embed.run(&[&ids])?.remove(0);
+        for (layer, (k, v)) in self.layers.iter().zip(stores) {
+            let caches = [Input::Cache(k, &segments), Input::Cache(v, &segments)];
+            let [k, v] = caches;
+            x = layer.run_inputs(&mut [Input::Tensor(&x), Input::Tensor(&pos), k, v])?.remove(0);
         }
         Ok(x)
     }
@@ -191,19 +163,52 @@ impl Session {
         Ok(self.head.run(&[stream])?.remove(0))
     }
 
-    /// Runs one sequence of tokens into the caches and gives the logits behind the last of them.
+    /// Runs more tokens of one sequence into the caches and gives the logits behind the last of them.
     ///
     /// # Errors
-    /// As [`Session::stream`].
-    pub fn prefill(&self, tokens: &[u32], caches: &mut Caches) -> Result<Vec<f32>, EngineError> {
-        let mut last = None;
-        for part in tokens.chunks(CHUNK) {
-            let ids = Tensor::i32([1, part.len()], part.iter().map(|&t| t as i32).collect());
-            last = Some(self.stream(&ids, caches)?);
+    /// As [`Session::stream`], and if there are no tokens.
+    pub fn prefill(&self, caches: &mut Caches, s: Sequence, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
+        let (mut rest, mut last) = (tokens, None);
+        while !rest.is_empty() {
+            let to_cut = CHUNK - caches.len(s) % CHUNK;
+            let (part, later) = rest.split_at(to_cut.min(rest.len()));
+            last = Some(self.stream(caches, &[(s, part)])?);
+            rest = later;
         }
         let Some(x) = last else { return Err(EngineError::System("a prompt without tokens".into())) };
         Ok(self.logits(&last_row(&x))?.as_f32().unwrap_or(&[]).to_vec())
     }
+
+    /// A new sequence with these tokens, and the logits behind the last of them. What the caches know of the beginning is
+    /// taken over; the results are the same bits as without.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn start(&self, caches: &mut Caches, tokens: &[u32]) -> Result<(Sequence, Vec<f32>), EngineError> {
+        let held = reused(caches.known(tokens), tokens.len());
+        let s = caches.take_over(&tokens[..held]);
+        match self.prefill(caches, s, &tokens[held..]) {
+            Ok(logits) => {
+                caches.know(s, tokens);
+                Ok((s, logits))
+            }
+            Err(e) => {
+                caches.remove(s);
+                Err(e)
+            }
+        }
+    }
+}
+
+/// How many of `known` positions, whole pages, are taken over by a prompt of `len` tokens: the last token runs always, and a
+/// part of a chunk has so many rows that dense products compute them as they do those of the chunk.
+fn reused(known: usize, len: usize) -> usize {
+    let mut held = known.min(len.saturating_sub(1) / PAGE * PAGE);
+    let end = len.min((held / CHUNK + 1) * CHUNK);
+    if !held.is_multiple_of(CHUNK) && end - held <= DOT_ROWS {
+        held -= PAGE;
+    }
+    held
 }
 
 /// `@embed` or `@head` of a decoder.
@@ -219,20 +224,11 @@ pub(crate) fn load_end(
     }
 }
 
-/// Positions of `seq` tokens behind `past` others.
-pub(crate) fn positions(past: usize, seq: usize) -> Tensor {
-    Tensor::i32([seq], (past..past + seq).map(|p| p as i32).collect())
-}
-
-/// Empty caches of a layer, for keys and for values of `width` elements.
-pub(crate) fn layer_caches(
-    layer: &Loaded,
-    batch: usize,
-    capacity: usize,
-    width: usize,
-) -> (KvCache, KvCache) {
-    let new = |param: u32| KvCache::new(batch, capacity, width, layer.program().cache(param).flatten());
-    (new(KEYS), new(VALUES))
+/// Stores without pages for the keys and the values of a layer.
+pub(crate) fn layer_caches(layer: &Loaded, facts: &ModelFacts) -> (KvStore, KvStore) {
+    let sizes = ((facts.kv_heads * facts.head_dim) as usize, facts.head_dim as usize);
+    let new = |param, order| KvStore::new(sizes, order, layer.program().cache(param).flatten());
+    (new(KEYS, Order::Channels), new(VALUES, Order::Positions))
 }
 
 /// The last row of a stream `[1, S, n]`.

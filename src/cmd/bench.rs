@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use qrmc_runtime::bench::{Speed, read_bandwidth, speed};
+use qrmc_runtime::caches::pages;
 use qrmc_runtime::session::CHUNK;
 use serde_json::json;
 
@@ -26,7 +27,9 @@ pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<(), Failure> {
     }
     for &batch in &args.batch {
         let capacity = args.prompt.max(args.new);
-        let need = session.run_bytes(batch, args.prompt.clamp(1, CHUNK), capacity);
+        let buffers = session.buffer_bytes(args.prompt.clamp(1, CHUNK).max(batch));
+        let caches = (batch as u64).saturating_mul(pages(capacity) as u64);
+        let need = caches.saturating_mul(session.page_bytes()).saturating_add(buffers);
         if let Some(have) = available_bytes().filter(|have| need > *have) {
             let (need, have) = (show_bytes(need), show_bytes(have));
             let m = format!("{batch} sequences of {capacity} tokens need {need}, and {have} are free");

@@ -195,8 +195,8 @@ fn attentions(pool: &Pool, isa: Isa) {
             unit,
             move || {
                 let rows = |data| Rows::dense(data, keys, kv_heads, head_dim);
-                let (k, v) = (KvRows::Floats(rows(&kv)), KvRows::Floats(rows(&v)));
-                attention(pool, isa, &s, 0.125, &q, k, v, &mut out, scratch);
+                let (heads, queries) = (s.of_heads(), s.queries());
+                attention(pool, isa, &heads, &queries, 0.125, &q, &rows(&kv), &rows(&v), &mut out, scratch);
             },
         ));
     }

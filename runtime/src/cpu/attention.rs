@@ -1,17 +1,34 @@
-//! Causal attention with grouped query heads, in `f32`.
+//! Causal attention with grouped query heads, in `f32`, over sequences of any lengths.
+//!
+//! The keys of a sequence are cut into runs at multiples of [`RUN`]. A run gives each query row a maximum, a sum and weighted
+//! values, and runs are joined in their order. So a row has the same bits whatever rows run with it, in whatever pieces its
+//! keys lie in memory, and on any number of threads.
 #![allow(unsafe_code, reason = "tasks write disjoint heads and rows of one output")]
 
-use super::dot::dot_rows;
-use super::gemm::{MatRef, product};
-use super::pool::{Pool, Scratch, SharedMut};
-use super::reduce::{exp_in_place, max_of};
-use super::simd::{Isa, Kernel, Lanes, exp, max};
-use super::weight::Row;
+use std::cmp::Reverse;
+use std::ops::Range;
 
-/// Queries that one task of a prefill takes.
-const BLOCK: usize = 128;
-/// Keys that one task of a decode step takes.
-const RUN: usize = 512;
+use smallvec::SmallVec;
+
+use super::gemm::MatRef;
+use super::pool::{Pool, Scratch, SharedMut};
+use super::simd::Isa;
+use run::{Join, Joined, Run};
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod run;
+
+/// Keys of a run.
+pub const RUN: usize = 256;
+/// Keys that lie side by side where they are multiplied.
+pub const PANEL: usize = 64;
+/// Floats in a cache line.
+const LINE: usize = 16;
+/// Query rows of all heads of a group that one task takes, about, and the most positions of these.
+const BLOCK: (usize, usize) = (512, 128);
+/// Sequences with more new positions are not cut into tasks at runs.
+const FEW: usize = 8;
 
 /// The sizes of an attention.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,8 +47,42 @@ pub struct AttnShape {
     pub head_dim: usize,
 }
 
-/// Rows of keys or values, possibly a cache with room for more: element `d` of head `h` at position `t` of
-/// sequence `b` is `data[b * batch_stride + t * row_stride + h * head_stride + d]`.
+impl AttnShape {
+    /// The heads.
+    pub fn of_heads(&self) -> Heads {
+        Heads { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim }
+    }
+
+    /// The queries of each sequence.
+    pub fn queries(&self) -> Vec<Queries> {
+        (0..self.batch).map(|b| Queries { first: b * self.seq, rows: self.seq, past: self.past }).collect()
+    }
+}
+
+/// The heads of an attention.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Heads {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+}
+
+/// The queries of one sequence.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Queries {
+    /// Their first row among the rows of all sequences.
+    pub first: usize,
+    /// How many there are.
+    pub rows: usize,
+    /// Keys before the first of them.
+    pub past: usize,
+}
+
+/// Dense rows of keys or values: element `d` of head `h` at position `t` of sequence `b` is
+/// `data[b * batch_stride + t * row_stride + h * head_stride + d]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
     /// The elements.
@@ -42,341 +93,306 @@ pub struct Rows<'a> {
     pub row_stride: usize,
     /// From a head to the next.
     pub head_stride: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
 }
 
 impl<'a> Rows<'a> {
     /// Dense `[batch, positions, heads * head_dim]`.
     pub fn dense(data: &'a [f32], positions: usize, heads: usize, head_dim: usize) -> Self {
         let row_stride = heads * head_dim;
-        Rows { data, batch_stride: positions * row_stride, row_stride, head_stride: head_dim }
+        Rows { data, batch_stride: positions * row_stride, row_stride, head_stride: head_dim, head_dim }
     }
 
     /// The first `positions` rows of one head, `[positions, head_dim]`.
-    pub(super) fn head(&self, b: usize, h: usize, positions: usize, head_dim: usize) -> MatRef<'a> {
+    pub(super) fn head(&self, b: usize, h: usize, positions: usize) -> MatRef<'a> {
         let at = b * self.batch_stride + h * self.head_stride;
-        MatRef::strided(&self.data[at..], positions, head_dim, self.row_stride, 1)
+        MatRef::strided(&self.data[at..], positions, self.head_dim, self.row_stride, 1)
     }
 }
 
-/// Rows of keys or values that are computed when they are read.
-pub trait HeadRows: Sync {
-    /// Writes the positions `from..from + count` of a head of a sequence, `[count, head_dim]`.
-    fn read(&self, b: usize, head: usize, from: usize, count: usize, out: &mut [f32]);
-}
+/// Keys or values of some sequences.
+pub trait KvRows: Sync {
+    /// How many positions of a sequence lie together from `from` on; at least one.
+    fn together(&self, sequence: usize, from: usize) -> usize;
 
-/// Keys or values of all positions.
-#[derive(Clone, Copy)]
-pub enum KvRows<'a> {
-    /// In memory as they are.
-    Floats(Rows<'a>),
-    /// Kept in another form.
-    Other(&'a dyn HeadRows),
-}
-
-impl KvRows<'_> {
-    /// Elements of memory that [`KvRows::head`] needs for `count` positions.
-    fn room(&self, count: usize, head_dim: usize) -> usize {
-        if let KvRows::Floats(_) = self { 0 } else { count * head_dim }
-    }
-
-    /// The positions `from..from + count` of a head, `[count, head_dim]`.
-    fn head<'s>(
+    /// The positions `from..from + count` of a head of a sequence, `[count, head_dim]`, which lie together. What is not in
+    /// memory as floats is written to `room`, which has `count * head_dim` elements.
+    fn piece<'s>(
         &'s self,
-        (b, h): (usize, usize),
+        sequence: usize,
+        head: usize,
         from: usize,
         count: usize,
-        head_dim: usize,
         room: &'s mut [f32],
-    ) -> MatRef<'s> {
-        match self {
-            KvRows::Floats(rows) => rows.head(b, h, from + count, head_dim).part(from, 0, count, head_dim),
-            KvRows::Other(rows) => {
-                rows.read(b, h, from, count, room);
-                MatRef::new(room, count, head_dim)
-            }
-        }
+    ) -> MatRef<'s>;
+
+    /// The positions `from..from + count` of a head of a sequence, channel after channel: `[head_dim, PANEL]`, of which the
+    /// first `count` columns count. `from` is a multiple of [`PANEL`] and `count` at most that. `room` has as many elements,
+    /// and `spare`.
+    #[allow(clippy::too_many_arguments, reason = "what is read, and room for it")]
+    fn panel<'s>(
+        &'s self,
+        isa: Isa,
+        sequence: usize,
+        head: usize,
+        from: usize,
+        count: usize,
+        room: &'s mut [f32],
+        spare: &mut [f32],
+    ) -> &'s [f32] {
+        turned(self, isa, (sequence, head), from, count, room, spare);
+        room
+    }
+}
+
+/// [`KvRows::panel`] of pieces, which are turned.
+pub fn turned<K: KvRows + ?Sized>(
+    of: &K,
+    isa: Isa,
+    (sequence, head): (usize, usize),
+    from: usize,
+    count: usize,
+    room: &mut [f32],
+    spare: &mut [f32],
+) {
+    let (mut at, dim) = (0, room.len() / PANEL);
+    while at < count {
+        let together = of.together(sequence, from + at).min(count - at);
+        let piece = of.piece(sequence, head, from + at, together, &mut spare[..together * dim]);
+        run::turn(isa, piece, &mut room[at..], PANEL);
+        at += together;
+    }
+}
+
+impl KvRows for Rows<'_> {
+    fn together(&self, _: usize, _: usize) -> usize {
+        usize::MAX
+    }
+
+    fn piece<'s>(&'s self, b: usize, head: usize, from: usize, count: usize, _: &'s mut [f32]) -> MatRef<'s> {
+        self.head(b, head, from + count).part(from, 0, count, self.head_dim)
     }
 }
 
 /// `softmax(scale * q kᵀ) v` with query `i` of each sequence seeing the keys `0..=past + i`.
 ///
-/// `q` and `out` are `[batch, seq, heads * head_dim]`; `k` and `v` hold at least `past + seq` positions. Query head
-/// `h` reads key head `h / (heads / kv_heads)`.
+/// `q` and `out` are `[rows, heads * head_dim]`, the rows of all sequences; query head `h` reads key head
+/// `h / (heads / kv_heads)`.
 ///
 /// # Panics
-/// If a length does not fit the shape.
+/// If a length does not fit.
 #[allow(clippy::too_many_arguments, reason = "three operands and their sizes")]
 pub fn attention(
     pool: &Pool,
     isa: Isa,
-    shape: &AttnShape,
+    heads: &Heads,
+    sequences: &[Queries],
     scale: f32,
     q: &[f32],
-    k: KvRows<'_>,
-    v: KvRows<'_>,
+    k: &dyn KvRows,
+    v: &dyn KvRows,
     out: &mut [f32],
     scratch: &Scratch,
 ) {
-    let AttnShape { batch, seq, heads, kv_heads, head_dim, .. } = *shape;
-    let len = batch * seq * heads * head_dim;
-    assert_eq!(q.len(), len, "queries of {shape:?}");
-    assert_eq!(out.len(), len, "output of {shape:?}");
-    if len == 0 {
+    let width = heads.heads * heads.head_dim;
+    let rows = sequences.iter().map(|s| s.first + s.rows).max().unwrap_or(0);
+    assert_eq!(q.len(), out.len(), "queries and output of an attention");
+    assert!(q.len() >= rows * width, "{rows} rows of {heads:?}");
+    if rows * width == 0 {
         return;
     }
-    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} query heads on {kv_heads}");
-    if seq == 1 {
-        decode(pool, isa, shape, scale, q, k, v, out, scratch);
-    } else {
-        prefill(pool, isa, shape, scale, q, k, v, out, scratch);
-    }
-}
-
-#[allow(clippy::too_many_arguments, reason = "as `attention`")]
-fn prefill(
-    pool: &Pool,
-    isa: Isa,
-    shape: &AttnShape,
-    scale: f32,
-    q: &[f32],
-    k: KvRows<'_>,
-    v: KvRows<'_>,
-    out: &mut [f32],
-    scratch: &Scratch,
-) {
-    let AttnShape { batch, seq, past, heads, kv_heads, head_dim } = *shape;
-    let (width, blocks) = (heads * head_dim, seq.div_ceil(BLOCK));
-    let q = Rows::dense(q, seq, heads, head_dim);
+    let kv_heads = heads.kv_heads;
+    assert!(
+        kv_heads > 0 && heads.heads.is_multiple_of(kv_heads),
+        "{} query heads on {kv_heads}",
+        heads.heads
+    );
+    let group = heads.heads / kv_heads;
+    let (tasks, splits, room) = tasks(sequences, heads);
+    let mut parts = scratch.take(room);
+    let parts_out = SharedMut::new(&mut parts);
     let out = SharedMut::new(out);
-    pool.for_each(batch * heads * blocks, |task| {
-        // The last blocks see the most keys: they come first, so that none is left over at the end.
-        let (block, task) = (blocks - 1 - task / (batch * heads), task % (batch * heads));
-        let (b, h) = (task / heads, task % heads);
-        let from = block * BLOCK;
-        let rows = BLOCK.min(seq - from);
-        let seen = past + from + rows;
-        let kv = h / (heads / kv_heads);
-        let rooms = [k.room(seen, head_dim), v.room(seen, head_dim)];
-        let mut room = scratch.take(rooms[0] + rooms[1]);
-        let (k_room, v_room) = room.split_at_mut(rooms[0]);
-        let k = k.head((b, kv), 0, seen, head_dim, k_room);
-        let v = v.head((b, kv), 0, seen, head_dim, v_room);
-        let q = q.head(b, h, seq, head_dim).part(from, 0, rows, head_dim);
-        let mut scores = scratch.take(rows * seen + rows * head_dim);
-        let (scores, acc) = scores.split_at_mut(rows * seen);
-        product(q, k.t(), scale, scores, seen);
-        let mut sums = [0f32; BLOCK];
-        isa.run(Weights { scores, seen, first: past + from, sums: &mut sums });
-        product(MatRef::new(scores, rows, seen), v, 1.0, acc, head_dim);
-        for (i, (acc, inv)) in acc.chunks_exact(head_dim).zip(sums).enumerate() {
-            // SAFETY: this task alone writes head `h` of these rows.
-            let out = unsafe { out.part((b * seq + from + i) * width + h * head_dim, head_dim) };
-            for (o, &a) in out.iter_mut().zip(acc) {
-                *o = a * inv;
+    let at = |s: &Queries, i: usize, kv: usize| (s.first + i) * width + kv * group * heads.head_dim;
+    pool.for_each(tasks.len(), |i| {
+        let task = &tasks[i];
+        let s = &sequences[task.sequence];
+        let of = Block { isa, scale, task, past: s.past, k, v, head_dim: heads.head_dim, group };
+        let rows = (task.rows.start..task.rows.end).map(|i| at(s, i, task.kv));
+        let q: Vec<&[f32]> =
+            rows.flat_map(|at| q[at..at + group * heads.head_dim].chunks_exact(heads.head_dim)).collect();
+        of.run(&q, scratch, |values, stats| match task.part {
+            // SAFETY: each task has a part of its own.
+            Some((part, len)) => store(unsafe { parts_out.part(part, len) }, values, stats),
+            None => {
+                let each = group * heads.head_dim;
+                let rows = values.chunks_exact(each).zip(stats.chunks_exact(group)).zip(task.rows.clone());
+                for ((values, stats), i) in rows {
+                    // SAFETY: this task alone writes these heads of this row.
+                    finish(values, stats, unsafe { out.part(at(s, i, task.kv), each) });
+                }
             }
-        }
-    });
-}
-
-/// Turns rows of scores into exponentials, with 0 for the keys that are not seen, and the inverses of their sums.
-struct Weights<'a> {
-    scores: &'a mut [f32],
-    seen: usize,
-    /// The last key that the first row sees.
-    first: usize,
-    sums: &'a mut [f32],
-}
-
-impl Kernel for Weights<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        for (i, row) in self.scores.chunks_exact_mut(self.seen).enumerate() {
-            let (row, hidden) = row.split_at_mut(self.first + i + 1);
-            self.sums[i] = (1.0 / exp_in_place(row)) as f32;
-            hidden.fill(0.0);
-        }
-    }
-}
-
-/// One query a sequence: runs of keys for each key head, then the runs are joined in order.
-#[allow(clippy::too_many_arguments, reason = "as `attention`")]
-fn decode(
-    pool: &Pool,
-    isa: Isa,
-    shape: &AttnShape,
-    scale: f32,
-    q: &[f32],
-    k: KvRows<'_>,
-    v: KvRows<'_>,
-    out: &mut [f32],
-    scratch: &Scratch,
-) {
-    let AttnShape { batch, past, heads, kv_heads, head_dim, .. } = *shape;
-    let (group, keys) = (heads / kv_heads, past + 1);
-    let runs = keys.div_ceil(RUN);
-    // For each (sequence, key head, run): the weighted values of each query head, then maxima, then sums.
-    let each = group * (head_dim + 2);
-    let mut parts = scratch.take(batch * kv_heads * runs * each);
-    pool.for_chunks(&mut parts, each, |task, part| {
-        let (task, run) = (task / runs, task % runs);
-        let (b, kv) = (task / kv_heads, task % kv_heads);
-        let from = run * RUN;
-        let count = RUN.min(keys - from);
-        let rooms = [k.room(count, head_dim), v.room(count, head_dim)];
-        let mut room = scratch.take(rooms[0] + rooms[1]);
-        let (k_room, v_room) = room.split_at_mut(rooms[0]);
-        let k = k.head((b, kv), from, count, head_dim, k_room);
-        let v = v.head((b, kv), from, count, head_dim, v_room);
-        let q = &q[(b * heads + kv * group) * head_dim..][..group * head_dim];
-        let mut scores = scratch.take(group * count);
-        let mut of_heads: Vec<&mut [f32]> = scores.chunks_exact_mut(count).collect();
-        let q = |g: usize| &q[g * head_dim..][..head_dim];
-        dot_rows(isa, count, |j| Row::F32(k.row(j)), q, &mut of_heads, 0);
-        isa.run(OneQuery { v, scale, scores: &mut scores, part });
+        });
     });
     let parts = &parts;
-    pool.for_chunks(out, head_dim * heads, |b, out| {
-        for (h, out) in out.chunks_exact_mut(head_dim).enumerate() {
-            let (kv, g) = (h / group, h % group);
-            let part = |run: usize| &parts[((b * kv_heads + kv) * runs + run) * each..][..each];
-            let stat = |run: usize, i: usize| part(run)[group * head_dim + i * group + g];
-            let top = (0..runs).map(|r| stat(r, 0)).fold(f32::NEG_INFINITY, max);
-            let weight = |run: usize| exp(stat(run, 0) - top);
-            let sum: f64 = (0..runs).map(|r| f64::from(stat(r, 1)) * f64::from(weight(r))).sum();
-            out.fill(0.0);
-            for r in 0..runs {
-                let w = (f64::from(weight(r)) / sum) as f32;
-                for (o, &a) in out.iter_mut().zip(&part(r)[g * head_dim..]) {
-                    *o += w * a;
-                }
-            }
+    pool.for_each(splits.len(), |i| {
+        let split = &splits[i];
+        let s = &sequences[split.sequence];
+        let each = group * heads.head_dim;
+        let mut room = scratch.take(s.rows * each);
+        let mut stats = vec![(0.0, 0.0); s.rows * group];
+        let mut joined = Joined { values: &mut room, stats: &mut stats };
+        let len = s.rows * group * (heads.head_dim + 2);
+        for (run, part) in parts[split.part..][..len * split.runs].chunks_exact(len).enumerate() {
+            let (values, rest) = part.split_at(s.rows * each);
+            let stats: Vec<(f32, f32)> = rest.as_chunks::<2>().0.iter().map(|s| (s[0], s[1])).collect();
+            let limits = limits(s.past, &(0..s.rows), run, group);
+            let first = run == 0;
+            isa.run(Join { joined: &mut joined, values, stats: &stats, limits: &limits, first });
+        }
+        let rows = room.chunks_exact(each).zip(stats.chunks_exact(group));
+        for (i, (values, stats)) in rows.enumerate() {
+            // SAFETY: this task alone writes these heads of this row.
+            finish(values, stats, unsafe { out.part(at(s, i, split.kv), each) });
         }
     });
 }
 
-/// Joins a run of values by the scores of each query head of one key head.
-struct OneQuery<'a> {
-    v: MatRef<'a>,
-    scale: f32,
-    /// `[group, keys]`
-    scores: &'a mut [f32],
-    /// `[group, head_dim]`, then maximum and then sum of each query head.
-    part: &'a mut [f32],
+/// Query rows of one sequence on one key head, over some runs of its keys.
+struct Task {
+    sequence: usize,
+    kv: usize,
+    rows: Range<usize>,
+    runs: Range<usize>,
+    /// Where the result of a run goes that is joined later.
+    part: Option<(usize, usize)>,
 }
 
-impl Kernel for OneQuery<'_> {
-    type Output = ();
+/// Runs that several tasks computed.
+struct Split {
+    sequence: usize,
+    kv: usize,
+    part: usize,
+    runs: usize,
+}
 
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let OneQuery { v, scale, scores, part } = self;
-        let (dim, keys) = (v.cols(), v.rows());
-        let group = scores.len() / keys;
-        let (acc, stats) = part.split_at_mut(group * dim);
-        for (g, scores) in scores.chunks_exact_mut(keys).enumerate() {
-            for s in scores.iter_mut() {
-                *s *= scale;
-            }
-            stats[g] = max_of(scores);
-            stats[group + g] = exp_in_place(scores) as f32;
-        }
-        acc.fill(0.0);
-        // Four keys at a time, so that what is accumulated is loaded and stored less often.
-        let whole = keys / 4 * 4;
-        for j in (0..whole).step_by(4) {
-            let (v0, v1, v2, v3) = (v.row(j), v.row(j + 1), v.row(j + 2), v.row(j + 3));
-            for (g, acc) in acc.chunks_exact_mut(dim).enumerate() {
-                let at = g * keys + j;
-                let p = [scores[at], scores[at + 1], scores[at + 2], scores[at + 3]];
-                for ((((a, &v0), &v1), &v2), &v3) in acc.iter_mut().zip(v0).zip(v1).zip(v2).zip(v3) {
-                    let low = L::mul_add(p[1], v1, p[0] * v0);
-                    let high = L::mul_add(p[3], v3, p[2] * v2);
-                    *a += low + high;
+/// The tasks of an attention, the largest first, what is to be joined after them, and the elements that this takes.
+fn tasks(sequences: &[Queries], heads: &Heads) -> (Vec<Task>, Vec<Split>, usize) {
+    let group = heads.heads / heads.kv_heads;
+    let block = (BLOCK.0 / group).clamp(1, BLOCK.1);
+    let (mut tasks, mut splits, mut room) = (Vec::new(), Vec::new(), 0);
+    for (sequence, s) in sequences.iter().enumerate().filter(|(_, s)| s.rows > 0) {
+        let runs = |rows: &Range<usize>| (s.past + rows.end).div_ceil(RUN);
+        for kv in 0..heads.kv_heads {
+            let all = 0..s.rows;
+            if s.rows <= FEW && runs(&all) > 1 {
+                let len = s.rows * group * (heads.head_dim + 2);
+                splits.push(Split { sequence, kv, part: room, runs: runs(&all) });
+                for run in 0..runs(&all) {
+                    let part = Some((room, len));
+                    tasks.push(Task { sequence, kv, rows: all.clone(), runs: run..run + 1, part });
+                    room += len;
                 }
+                continue;
+            }
+            for from in all.step_by(block) {
+                let rows = from..s.rows.min(from + block);
+                let runs = 0..runs(&rows);
+                tasks.push(Task { sequence, kv, rows, runs, part: None });
             }
         }
-        for j in whole..keys {
-            for (g, acc) in acc.chunks_exact_mut(dim).enumerate() {
-                let p = scores[g * keys + j];
-                for (a, &v) in acc.iter_mut().zip(v.row(j)) {
-                    *a = L::mul_add(p, v, *a);
-                }
+    }
+    tasks.sort_by_key(|t| Reverse(t.rows.len() * t.runs.len()));
+    (tasks, splits, room)
+}
+
+/// How many keys of a run each query row sees: of each position `group` heads.
+fn limits(past: usize, rows: &Range<usize>, run: usize, group: usize) -> Vec<usize> {
+    let seen = |i: usize| (past + i + 1).saturating_sub(run * RUN).min(RUN);
+    rows.clone().flat_map(|i| std::iter::repeat_n(seen(i), group)).collect()
+}
+
+/// A task with its operands.
+struct Block<'a> {
+    isa: Isa,
+    scale: f32,
+    task: &'a Task,
+    past: usize,
+    k: &'a dyn KvRows,
+    v: &'a dyn KvRows,
+    head_dim: usize,
+    group: usize,
+}
+
+impl Block<'_> {
+    /// Computes the runs and hands over weighted values `[rows, head_dim]` with the maximum and the sum of each row.
+    fn run(&self, q: &[&[f32]], scratch: &Scratch, done: impl FnOnce(&[f32], &[(f32, f64)])) {
+        let (dim, rows, isa) = (self.head_dim, q.len(), self.isa);
+        let keys = (self.past + self.task.rows.end).min(RUN).next_multiple_of(PANEL);
+        let len = (2 * keys + PANEL) * dim + rows * (keys + 2 * dim);
+        let mut room = scratch.take(len + LINE);
+        let skip = room.as_ptr().align_offset(4 * LINE).min(LINE);
+        let (panels, rest) = room[skip..skip + len].split_at_mut(keys * dim);
+        let (pieces, rest) = rest.split_at_mut(keys * dim);
+        let (spare, rest) = rest.split_at_mut(PANEL * dim);
+        let (scores, rest) = rest.split_at_mut(rows * keys);
+        let (values, joined) = rest.split_at_mut(rows * dim);
+        let (mut stats, mut all) = (vec![(0.0, 0.0); rows], vec![(0.0, 0.0); rows]);
+        let mut joined = Joined { values: joined, stats: &mut all };
+        let (sequence, kv) = (self.task.sequence, self.task.kv);
+        for run in self.task.runs.clone() {
+            let limits = limits(self.past, &self.task.rows, run, self.group);
+            let count = limits.last().copied().unwrap_or(0);
+            let mut k: SmallVec<[&[f32]; RUN / PANEL]> = SmallVec::new();
+            for (at, room) in (0..count).step_by(PANEL).zip(panels.chunks_exact_mut(PANEL * dim)) {
+                let (from, count) = (run * RUN + at, PANEL.min(count - at));
+                k.push(self.k.panel(isa, sequence, kv, from, count, room, spare));
             }
+            let v = self.pieces(run, count, pieces);
+            let of = Run { keys: &k, values: &v, scale: self.scale };
+            of.compute(isa, q, &limits, (&mut *scores, keys), values, &mut stats);
+            let first = run == self.task.runs.start;
+            isa.run(Join { joined: &mut joined, values, stats: &stats, limits: &limits, first });
+        }
+        done(joined.values, joined.stats);
+    }
+
+    /// The first `count` values of a run.
+    fn pieces<'s>(&'s self, run: usize, count: usize, mut room: &'s mut [f32]) -> SmallVec<[MatRef<'s>; 8]> {
+        let (sequence, kv) = (self.task.sequence, self.task.kv);
+        let (mut pieces, mut at) = (SmallVec::new(), 0);
+        while at < count {
+            let from = run * RUN + at;
+            // Pieces that stay in the first-level cache for all rows.
+            let together = self.v.together(sequence, from).min(count - at).min(PANEL);
+            let (mine, rest) = room.split_at_mut(together * self.head_dim);
+            pieces.push(self.v.piece(sequence, kv, from, together, mine));
+            (room, at) = (rest, at + together);
+        }
+        pieces
+    }
+}
+
+/// Writes what a run gave to its part.
+fn store(part: &mut [f32], values: &[f32], stats: &[(f32, f64)]) {
+    let (to, rest) = part.split_at_mut(values.len());
+    to.copy_from_slice(values);
+    for (to, &(top, sum)) in rest.as_chunks_mut::<2>().0.iter_mut().zip(stats) {
+        // The sum of one run is an `f32`.
+        *to = [top, sum as f32];
+    }
+}
+
+/// Divides the weighted values of a few heads by their sums.
+fn finish(values: &[f32], stats: &[(f32, f64)], out: &mut [f32]) {
+    let dim = values.len() / stats.len().max(1);
+    for ((values, out), (_, sum)) in values.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).zip(stats) {
+        let inv = (1.0 / sum) as f32;
+        for (o, &x) in out.iter_mut().zip(values) {
+            *o = x * inv;
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::testing::{bits, close, noise, pools};
-    use super::*;
-
-    fn naive(s: &AttnShape, scale: f32, q: &[f32], k: Rows<'_>, v: Rows<'_>) -> Vec<f64> {
-        let mut out = Vec::new();
-        for (b, i, h) in
-            (0..s.batch).flat_map(|b| (0..s.seq).flat_map(move |i| (0..s.heads).map(move |h| (b, i, h))))
-        {
-            let q = &q[((b * s.seq + i) * s.heads + h) * s.head_dim..][..s.head_dim];
-            let at = |x: &Rows<'_>, t: usize, d: usize| {
-                let kv = h / (s.heads / s.kv_heads);
-                f64::from(x.data[b * x.batch_stride + t * x.row_stride + kv * x.head_stride + d])
-            };
-            let scores: Vec<f64> = (0..=s.past + i)
-                .map(|t| {
-                    f64::from(scale) * (0..s.head_dim).map(|d| f64::from(q[d]) * at(&k, t, d)).sum::<f64>()
-                })
-                .collect();
-            let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = scores.iter().map(|x| (x - top).exp()).sum();
-            out.extend((0..s.head_dim).map(|d| {
-                scores.iter().enumerate().map(|(t, x)| (x - top).exp() / sum * at(&v, t, d)).sum::<f64>()
-            }));
-        }
-        out
-    }
-
-    #[test]
-    fn matches_the_definition() {
-        // batch, seq, past, heads, kv_heads, head_dim
-        let cases = [
-            (1, 1, 0, 1, 1, 8),
-            (2, 1, 9, 9, 3, 16),
-            (1, 1, 1200, 4, 2, 64),
-            (1, 2, 0, 3, 1, 8),
-            (2, 7, 5, 9, 3, 64),
-            (1, 140, 0, 2, 2, 128),
-            (2, 131, 30, 4, 1, 20),
-            (0, 3, 1, 2, 1, 8),
-        ];
-        for (batch, seq, past, heads, kv_heads, head_dim) in cases {
-            let s = AttnShape { batch, seq, past, heads, kv_heads, head_dim };
-            let q: Vec<f32> = noise(batch * seq * heads * head_dim, 1).iter().map(|x| 3.0 * x).collect();
-            // A cache with room for five more positions, by position and by head.
-            let room = past + seq + 5;
-            let (kd, vd) =
-                (noise(batch * room * kv_heads * head_dim, 2), noise(batch * room * kv_heads * head_dim, 3));
-            let by_row = |d| Rows::dense(d, room, kv_heads, head_dim);
-            let by_head = |data| Rows {
-                data,
-                batch_stride: room * kv_heads * head_dim,
-                row_stride: head_dim,
-                head_stride: room * head_dim,
-            };
-            for (k, v) in [(by_row(&kd), by_row(&vd)), (by_head(&kd), by_head(&vd))] {
-                let want = naive(&s, 0.3, &q, k, v);
-                let (k, v) = (KvRows::Floats(k), KvRows::Floats(v));
-                for isa in Isa::available() {
-                    let mut first = None;
-                    for pool in &pools() {
-                        let mut out = vec![f32::NAN; q.len()];
-                        attention(pool, isa, &s, 0.3, &q, k, v, &mut out, &Scratch::new());
-                        close(&out, &want, 3e-6, &format!("{s:?} {}", isa.name()));
-                        assert_eq!(*first.get_or_insert_with(|| bits(&out)), bits(&out));
-                    }
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -57,8 +57,8 @@ pub fn attention_grad(
             for (block, dq) in dq.chunks_mut(BLOCK * head_dim).enumerate() {
                 let (from, count) = (block * BLOCK, dq.len() / head_dim);
                 let seen = past + from + count;
-                let (k, v) = (k.head(b, kv, seen, head_dim), v.head(b, kv, seen, head_dim));
-                let part = |x: &Rows<'_>, data| Rows { data, ..*x }.head(b, h, seq, head_dim);
+                let (k, v) = (k.head(b, kv, seen), v.head(b, kv, seen));
+                let part = |x: &Rows<'_>, data| Rows { data, ..*x }.head(b, h, seq);
                 let q = part(&q, q.data).part(from, 0, count, head_dim);
                 let dy = part(&dy, dy.data).part(from, 0, count, head_dim);
                 let (probs, scores) = room.split_at_mut(most);

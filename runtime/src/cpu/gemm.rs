@@ -3,14 +3,15 @@
 //! The cut into tiles depends on the shape alone, and so do the bytes of the result.
 #![allow(unsafe_code, reason = "the gemm crate takes pointers; tiles of one output go to several threads")]
 
-use super::dot::{dot_floats, dot_rows};
+use super::dot::dot_rows;
 use super::pool::{Pool, SharedMut};
 use super::simd::Isa;
 use super::weight::Row;
 
-/// Up to this many rows on the left, a product with a transposed right side is done as dot products.
+/// Up to this many rows on the left, a product with a transposed right side is done as dot products, and a row has the same
+/// bits at any number of rows; so it has beyond.
 pub(crate) const DOT_ROWS: usize = 32;
-/// Up to this many, each stored row is dequantised in registers, for four rows of the left side at a time.
+/// Up to this many, each packed row is de-quantized in registers, for four rows of the left side at a time.
 pub(crate) const FUSED_ROWS: usize = 4;
 
 /// A matrix that is read: `rows x cols` elements of a slice, at any strides.
@@ -316,11 +317,7 @@ fn dots(
         let mut outs: Vec<&mut [f32]> =
             (0..m).map(|r| unsafe { out.part(i * out_batch + r * stride + col, cols) }).collect();
         let row = |j: usize| w.row(col + j);
-        if m <= FUSED_ROWS {
-            dot_rows(isa, cols, |j| Row::F32(row(j)), |r| a.row(r), &mut outs, 0);
-        } else {
-            dot_floats(isa, cols, row, |r| a.row(r), &mut outs, 0);
-        }
+        dot_rows(isa, cols, |j| Row::F32(row(j)), |r| a.row(r), &mut outs, 0);
     });
 }
 

@@ -16,8 +16,9 @@ const LINE: usize = 16;
 
 /// `out[m, n] = x[m, k] Wᵀ` for a weight `W[n, k]`, in `f32`.
 ///
-/// Up to 4 rows of `x`, stored rows are dequantised in registers; up to 32, four stored rows at a time into the
-/// cache; beyond that, panels of at most 1024 rows into `scratch`, to be multiplied as matrices.
+/// Up to 32 rows of `x`, floats are widened in registers, and so are up to 4 those of packed weights; for more rows these are
+/// de-quantized four at a time into the cache. Beyond 32, panels of at most 1024 rows go into `scratch`, to be multiplied as
+/// matrices. Up to 32 rows, floats give a row the same bits at any number of rows.
 ///
 /// # Panics
 /// If a length does not fit the shape.
@@ -75,7 +76,8 @@ fn fused(
     scratch: &Scratch,
 ) {
     let stored = w.reader(k);
-    let layout = if m <= FUSED_ROWS { layout(isa, &stored.row(0), k) } else { Layout::Unfused };
+    let packed = matches!(w, WeightView::Packed { .. });
+    let layout = if m <= FUSED_ROWS || !packed { layout(isa, &stored.row(0), k) } else { Layout::Unfused };
     // A copy on a cache line of its own: every stored row reads all of it.
     let mut copy = scratch.take(m * k + LINE);
     let skip = copy.as_ptr().align_offset(4 * LINE).min(LINE);
@@ -93,11 +95,8 @@ fn fused(
         // SAFETY: each task writes its own columns.
         let mut outs: Vec<&mut [f32]> = (0..m).map(|r| unsafe { out.part(r * n + from, count) }).collect();
         let x = |r: usize| &x[r * k..(r + 1) * k];
-        match (layout, w) {
-            (Layout::Unfused, WeightView::F32(w)) => {
-                dot_floats(isa, count, |j| &w[(from + j) * k..(from + j + 1) * k], x, &mut outs, 0);
-            }
-            (Layout::Unfused, _) => {
+        match layout {
+            Layout::Unfused => {
                 let mut buf = scratch.take(AT_ONCE * k);
                 for at in (0..count).step_by(AT_ONCE) {
                     let rows = AT_ONCE.min(count - at);
@@ -191,6 +190,27 @@ mod tests {
                             assert_eq!(*first.get_or_insert_with(|| bits(&out)), bits(&out));
                         }
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_of_floats_is_the_same_among_few() {
+        let (n, k, group) = (301, 96, 32);
+        let (stored, scratch) = (Stored::new(n, k, group), Scratch::new());
+        let x = noise(DOT_ROWS * k, 15);
+        let dense = |(_, view): &(String, WeightView<'_>)| !matches!(view, WeightView::Packed { .. });
+        for (name, view) in stored.views(group).into_iter().filter(dense) {
+            for (isa, pool) in Isa::available().into_iter().zip(pools().iter().cycle()) {
+                let run = |m: usize| {
+                    let mut out = vec![0.0; m * n];
+                    linear(pool, isa, &x[..m * k], (m, k), &view, n, &mut out, &scratch);
+                    bits(&out)
+                };
+                let all = run(DOT_ROWS);
+                for m in 1..DOT_ROWS {
+                    assert!(all.starts_with(&run(m)), "{name}, {m} rows, {}", isa.name());
                 }
             }
         }

@@ -37,7 +37,7 @@ pub mod transform;
 pub mod transpose;
 pub mod weight;
 
-pub use attention::{AttnShape, HeadRows, KvRows, Rows, attention};
+pub use attention::{AttnShape, Heads, KvRows, Queries, Rows, attention};
 pub use attention_grad::attention_grad;
 pub use elementwise::{BinaryOp, UnaryOp, binary, unary};
 pub use gemm::{MatRef, add_product, gram, matmul, matmul_batched};

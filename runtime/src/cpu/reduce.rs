@@ -143,7 +143,12 @@ pub(crate) fn max_of(x: &[f32]) -> f32 {
 /// Replaces a row by `e^(x - max)` and yields the sum.
 #[inline(always)]
 pub(crate) fn exp_in_place(row: &mut [f32]) -> f64 {
-    let top = max_of(row);
+    exp_below(row, max_of(row))
+}
+
+/// Replaces a row by `e^(x - top)` and yields the sum.
+#[inline(always)]
+pub(crate) fn exp_below(row: &mut [f32], top: f32) -> f64 {
     for x in row.iter_mut() {
         *x = exp(*x - top);
     }

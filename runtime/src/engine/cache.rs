@@ -1,51 +1,69 @@
-//! Keys and values of all positions so far.
-
-use std::sync::Arc;
+//! Keys and values of all positions so far, in pages.
 
 use qrmc_ir::pack::pack_row;
 use qrmc_ir::{EngineError, Grain};
 use qrmc_lowering::CacheForm;
 
-use super::turns::Turns;
-use crate::cpu::attention::HeadRows;
-use crate::cpu::{self, Isa, Pool, Scratch, WeightView};
+use crate::cpu::{self, Isa, KvRows, MatRef};
 
+#[cfg(test)]
+mod attention_tests;
+mod reader;
+mod table;
 #[cfg(test)]
 mod tests;
 
-/// Keys or values of all positions so far, with room for more: `[batch, capacity, width]`.
+pub(super) use reader::{Read, Reader};
+pub use table::{Sequence, Table};
+
+/// Positions of a page: keys of a page are multiplied as they lie.
+pub const PAGE: usize = cpu::attention::PANEL;
+/// Floats in a cache line.
+const LINE: usize = 16;
+
+/// Pages of keys or of values of one layer, for all sequences. Which page holds what, the table of a [`Segment`] says.
 #[derive(Debug)]
-pub struct KvCache {
-    rows: Rows,
-    batch: usize,
-    capacity: usize,
+pub struct KvStore {
+    shape: PageShape,
+    pages: Vec<Page>,
+}
+
+/// What a page keeps of each position.
+#[derive(Debug)]
+struct PageShape {
+    form: Option<CacheForm>,
+    /// How floats lie.
+    order: Order,
+    /// Elements of a row, and of one head in it.
     width: usize,
-    len: usize,
-    /// Of the rows of all sequences, where reading depends on them.
-    positions: Vec<i32>,
-}
-
-#[derive(Debug)]
-enum Rows {
-    Floats(Vec<f32>),
-    Codes(Codes),
-}
-
-/// Rows as bit streams, see [`qrmc_ir::RawWeight`], and what belongs to each.
-#[derive(Debug)]
-struct Codes {
-    form: CacheForm,
-    /// Elements that share a scale of their row; 0 where scales belong to channels.
-    group: usize,
+    head_dim: usize,
+    /// Bytes of the codes of a row; 0 where rows are floats.
     row_bytes: usize,
-    /// `[batch, capacity, row_bytes]`
-    codes: Vec<u8>,
-    /// `[batch, capacity, width / group]`
-    scales: Vec<f32>,
-    zeros: Vec<u8>,
+    /// Elements that share a scale of their row; 0 where there are none.
+    group: usize,
 }
 
-/// New rows of a cache, `[batch, seq, width]`.
+/// How the floats of a page lie, head after head.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// `[head_dim, PAGE]`: for keys, which are multiplied many at a time.
+    Channels,
+    /// `[PAGE, head_dim]`: for values.
+    Positions,
+}
+
+/// Rows of [`PAGE`] positions: floats, or bit streams as of [`qrmc_ir::RawWeight`] with scales and zero points.
+#[derive(Debug)]
+struct Page {
+    /// They begin at a cache line, at most [`LINE`] elements from the first.
+    floats: Box<[f32]>,
+    skip: usize,
+    codes: Box<[u8]>,
+    scales: Box<[f32]>,
+    zeros: Box<[u8]>,
+}
+
+/// New rows, `[rows, width]`.
 pub(super) enum NewRows<'a> {
     Floats(&'a [f32]),
     /// Codes, and scales and zero points of their groups, if they are their own.
@@ -53,332 +71,315 @@ pub(super) enum NewRows<'a> {
     Signed(&'a [i8], &'a [f32]),
 }
 
-impl KvCache {
-    /// Room for `capacity` positions of `width` elements for each sequence, as floats or as codes.
-    pub fn new(batch: usize, capacity: usize, width: usize, form: Option<&CacheForm>) -> Self {
-        let count = batch * capacity;
-        let rows = match form {
-            None => Rows::Floats(vec![0.0; count * width]),
+/// The rows of one sequence in a run, and where the sequence lies.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment<'a> {
+    /// The first of its new rows among all of the run.
+    pub first: usize,
+    /// New rows.
+    pub rows: usize,
+    /// Positions before these.
+    pub past: usize,
+    /// The page of each [`PAGE`] positions, the new ones among them.
+    pub pages: &'a [u32],
+    /// The positions of its tokens in the text, the new ones among them.
+    pub positions: &'a [i32],
+}
+
+/// The sequences of a run, in the order of their rows: one description for the caches of all layers.
+#[derive(Debug)]
+pub struct Segments<'a> {
+    list: Vec<Segment<'a>>,
+    furthest: i32,
+}
+
+impl<'a> Segments<'a> {
+    /// These sequences.
+    pub fn new(list: Vec<Segment<'a>>) -> Self {
+        let far = |s: &Segment<'_>| s.positions.iter().map(|p| p.saturating_abs()).max().unwrap_or(0);
+        let furthest = list.iter().map(far).max().unwrap_or(0);
+        Segments { list, furthest }
+    }
+
+    /// The sequences.
+    pub fn list(&self) -> &[Segment<'a>] {
+        &self.list
+    }
+
+    /// New rows of all sequences.
+    pub fn rows(&self) -> usize {
+        self.list.iter().map(|s| s.rows).sum()
+    }
+
+    /// Positions of all new rows.
+    pub fn new_positions(&self) -> impl Iterator<Item = i32> + '_ {
+        self.list.iter().flat_map(|s| &s.positions[s.past..s.past + s.rows]).copied()
+    }
+
+    /// The largest magnitude of a position.
+    pub(super) fn furthest(&self) -> i32 {
+        self.furthest
+    }
+
+    /// The positions before the new rows, where there is one sequence; of several there is no one number, and it is 0.
+    pub(super) fn past(&self) -> usize {
+        if let [s] = &self.list[..] { s.past } else { 0 }
+    }
+}
+
+impl PageShape {
+    fn new((width, head_dim): (usize, usize), order: Order, form: Option<&CacheForm>) -> Self {
+        let (bits, group) = match form {
+            None => (0, 0),
             Some(form) => {
                 let group = match form.spec.grain {
                     Grain::Group(g) => g as usize,
                     Grain::Channel => 0,
                     _ => width,
                 };
-                let groups = width.checked_div(group).unwrap_or(0);
-                let row_bytes = (usize::from(form.spec.bits) * width).div_ceil(8);
-                Rows::Codes(Codes {
-                    form: form.clone(),
-                    group,
-                    row_bytes,
-                    codes: vec![0; count * row_bytes],
-                    scales: vec![0.0; count * groups],
-                    zeros: vec![0; if form.spec.zero { count * groups } else { 0 }],
-                })
+                (usize::from(form.spec.bits), group)
             }
         };
-        KvCache { rows, batch, capacity, width, len: 0, positions: Vec::new() }
+        let row_bytes = (bits * width).div_ceil(8);
+        PageShape { form: form.cloned(), order, width, head_dim, row_bytes, group }
     }
 
-    /// Bytes of the memory that [`KvCache::new`] takes.
-    pub fn bytes_for(batch: usize, capacity: usize, width: usize, form: Option<&CacheForm>) -> u64 {
-        let row = match form {
-            None => 4 * width,
-            Some(form) => {
-                let groups = match form.spec.grain {
-                    Grain::Group(g) => width / (g as usize).max(1),
-                    Grain::Channel => 0,
-                    _ => 1,
-                };
-                (usize::from(form.spec.bits) * width).div_ceil(8)
-                    + groups * if form.spec.zero { 5 } else { 4 }
-            }
-        };
-        (batch as u64).saturating_mul(capacity as u64).saturating_mul(row as u64)
+    /// Scales of a row.
+    fn groups(&self) -> usize {
+        self.width.checked_div(self.group).unwrap_or(0)
     }
 
-    /// Positions held.
-    pub fn len(&self) -> usize {
-        self.len
+    fn zeros(&self) -> bool {
+        self.form.as_ref().is_some_and(|f| f.spec.zero)
     }
 
-    /// Whether nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
+    fn bytes(&self) -> usize {
+        let floats = if self.form.is_none() { 4 * self.width } else { 0 };
+        PAGE * (floats + self.row_bytes + self.groups() * if self.zeros() { 5 } else { 4 })
     }
 
-    /// Bytes of the memory that this takes.
-    pub fn bytes(&self) -> usize {
-        match &self.rows {
-            Rows::Floats(x) => 4 * x.len(),
-            Rows::Codes(c) => c.codes.len() + 4 * c.scales.len() + c.zeros.len(),
+    fn page(&self) -> Page {
+        let floats = if self.form.is_none() { PAGE * self.width + LINE } else { 0 };
+        let floats: Box<[f32]> = vec![0.0; floats].into();
+        let zeros = if self.zeros() { self.groups() } else { 0 };
+        Page {
+            skip: floats.as_ptr().align_offset(4 * LINE).min(LINE).min(floats.len()),
+            floats,
+            codes: vec![0; PAGE * self.row_bytes].into(),
+            scales: vec![0.0; PAGE * self.groups()].into(),
+            zeros: vec![0; PAGE * zeros].into(),
         }
     }
+}
 
-    pub(super) fn shape(&self) -> [usize; 3] {
-        [self.batch, self.len, self.width]
+impl KvStore {
+    /// No pages yet, for rows of `width` elements, heads of `head_dim`, as floats or as codes.
+    pub fn new((width, head_dim): (usize, usize), order: Order, form: Option<&CacheForm>) -> Self {
+        KvStore { shape: PageShape::new((width, head_dim), order, form), pages: Vec::new() }
     }
 
-    pub(super) fn positions(&self) -> &[i32] {
-        &self.positions
+    /// Bytes of a page.
+    pub fn page_bytes(&self) -> usize {
+        self.shape.bytes()
+    }
+
+    /// Bytes of all pages.
+    pub fn bytes(&self) -> usize {
+        self.pages.len() * self.page_bytes()
+    }
+
+    pub(super) fn width(&self) -> usize {
+        self.shape.width
+    }
+
+    pub(super) fn head_dim(&self) -> usize {
+        self.shape.head_dim
     }
 
     pub(super) fn form(&self) -> Option<&CacheForm> {
-        match &self.rows {
-            Rows::Floats(_) => None,
-            Rows::Codes(c) => Some(&c.form),
+        self.shape.form.as_ref()
+    }
+
+    /// Makes new pages until there are `count`; those that are there stay where they are.
+    pub fn grow(&mut self, count: usize) {
+        while self.pages.len() < count {
+            self.pages.push(self.shape.page());
         }
     }
 
-    /// Forgets all positions from `len` on.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-        self.positions.truncate(self.len);
+    /// Makes page `to` a copy of page `from`; both must be there.
+    pub fn copy(&mut self, from: u32, to: u32) {
+        let (from, to) = (from as usize, to as usize);
+        if let Ok([x, y]) = self.pages.get_disjoint_mut([from, to]) {
+            y.floats[y.skip..].iter_mut().zip(&x.floats[x.skip..]).for_each(|(y, x)| *y = *x);
+            y.codes.copy_from_slice(&x.codes);
+            y.scales.copy_from_slice(&x.scales);
+            y.zeros.copy_from_slice(&x.zeros);
+        }
     }
 
-    /// The sequences of several caches, one after another, with room for `capacity` positions each.
-    ///
-    /// # Errors
-    /// If they do not hold the same positions, of one width and form, or more than `capacity`.
-    pub fn join(parts: &[&KvCache], capacity: usize) -> Result<Self, EngineError> {
-        let Some(first) = parts.first() else { return Ok(KvCache::new(0, capacity, 0, None)) };
-        let alike = |p: &&KvCache| {
-            (p.len, p.width, p.form(), &p.positions)
-                == (first.len, first.width, first.form(), &first.positions)
+    /// Writes the new rows of all sequences to their pages.
+    pub(super) fn append(&mut self, new: &NewRows<'_>, segments: &Segments<'_>) -> Result<(), EngineError> {
+        let KvStore { shape, pages } = self;
+        let (width, groups) = (shape.width, shape.groups());
+        let all = segments.rows();
+        let (given, scales) = match new {
+            NewRows::Floats(x) => (x.len(), all * groups),
+            NewRows::Unsigned(x, scales, _) => (x.len(), scales.len()),
+            NewRows::Signed(x, scales) => (x.len(), scales.len()),
         };
-        if first.len > capacity || !parts.iter().all(alike) {
-            let held: Vec<(usize, usize)> = parts.iter().map(|p| (p.len, p.width)).collect();
-            let m =
-                format!("caches of (positions, width) {held:?} do not join into one of {capacity} positions");
+        if given != all * width || groups > 0 && scales != all * groups {
+            let m = format!("{given} elements are appended to caches of {all} new rows of {width}");
             return Err(EngineError::System(m));
         }
-        let batch = parts.iter().map(|p| p.batch).sum();
-        let mut out = KvCache::new(batch, capacity, first.width, first.form());
-        let mut done = 0;
-        for p in parts {
-            let spans = (p.capacity, capacity, p.len);
-            match (&p.rows, &mut out.rows) {
-                (Rows::Floats(x), Rows::Floats(y)) => copy_rows(x, y, spans, p.batch, done),
-                (Rows::Codes(x), Rows::Codes(y)) => {
-                    copy_rows(&x.codes, &mut y.codes, spans, p.batch, done);
-                    copy_rows(&x.scales, &mut y.scales, spans, p.batch, done);
-                    copy_rows(&x.zeros, &mut y.zeros, spans, p.batch, done);
-                }
-                _ => {}
+        for s in &segments.list {
+            let end = s.past + s.rows;
+            let there = |p: &u32| (*p as usize) < pages.len();
+            if s.pages.len() * PAGE < end || !s.pages.iter().all(there) {
+                let m = format!(
+                    "{end} positions do not fit {} pages of {PAGE} positions, of which {} are in memory",
+                    s.pages.len(),
+                    pages.len()
+                );
+                return Err(EngineError::System(m));
             }
-            done += p.batch;
-        }
-        (out.len, out.positions) = (first.len, first.positions.clone());
-        Ok(out)
-    }
-
-    /// Keeps the sequences for which `keep` says so, in their order.
-    pub fn retain(&mut self, keep: impl Fn(usize) -> bool) {
-        let kept: Vec<usize> = (0..self.batch).filter(|&b| keep(b)).collect();
-        let (batch, capacity, len) = (self.batch, self.capacity, self.len);
-        match &mut self.rows {
-            Rows::Floats(x) => move_rows(x, batch, capacity, len, &kept),
-            Rows::Codes(c) => {
-                move_rows(&mut c.codes, batch, capacity, len, &kept);
-                move_rows(&mut c.scales, batch, capacity, len, &kept);
-                move_rows(&mut c.zeros, batch, capacity, len, &kept);
+            for i in 0..s.rows {
+                let (at, row) = ((s.past + i) % PAGE, s.first + i);
+                let page = &mut pages[s.pages[(s.past + i) / PAGE] as usize];
+                shape.put(page, at, new, row)?;
             }
         }
-        self.batch = kept.len();
-    }
-
-    /// Appends `seq` rows to each sequence. `positions` are those of the rows, where reading depends on them.
-    pub(super) fn append(
-        &mut self,
-        new: &NewRows<'_>,
-        positions: &[i32],
-        seq: usize,
-    ) -> Result<(), EngineError> {
-        if self.len + seq > self.capacity {
-            let (have, room) = (self.len + seq, self.capacity);
-            return Err(EngineError::System(format!("{have} positions do not fit a cache of {room}")));
-        }
-        let (batch, at) = (self.batch, (self.len, self.capacity));
-        match (&mut self.rows, new) {
-            (Rows::Floats(x), NewRows::Floats(new)) => put_rows(x, new, batch, at, seq),
-            (Rows::Codes(c), NewRows::Unsigned(codes, scales, zeros)) => {
-                c.pack(self.width, batch, at, seq, |i| codes[i]);
-                if c.group > 0 {
-                    put_rows(&mut c.scales, scales, batch, at, seq);
-                    put_rows(&mut c.zeros, zeros, batch, at, seq);
-                }
-            }
-            (Rows::Codes(c), NewRows::Signed(codes, scales)) => {
-                let least = c.form.spec.qmin();
-                c.pack(self.width, batch, at, seq, |i| (i32::from(codes[i]) - least) as u8);
-                if c.group > 0 {
-                    put_rows(&mut c.scales, scales, batch, at, seq);
-                }
-            }
-            _ => return Err(EngineError::System("new rows are not what their cache keeps".into())),
-        }
-        self.len += seq;
-        self.positions.extend_from_slice(positions);
         Ok(())
     }
 
-    /// A copy of all rows, `[batch, len, width]`, if they are floats.
-    pub(super) fn dense(&self) -> Option<Vec<f32>> {
-        let Rows::Floats(x) = &self.rows else { return None };
-        let each = self.capacity * self.width;
-        let held = |b| &x[b * each..][..self.len * self.width];
-        Some((0..self.batch).flat_map(held).copied().collect())
-    }
-
-    /// The rows as floats in memory, if that is what they are.
-    pub(super) fn floats(&self, head_dim: usize) -> Option<cpu::Rows<'_>> {
-        let Rows::Floats(data) = &self.rows else { return None };
-        Some(cpu::Rows {
-            data,
-            batch_stride: self.capacity * self.width,
-            row_stride: self.width,
-            head_stride: head_dim,
+    /// The rows `from..from + count` of a sequence as they are, `[count, width]`, if they are floats.
+    pub(super) fn dense(&self, s: &Segment<'_>, from: usize, count: usize) -> Option<Vec<f32>> {
+        self.form().is_none().then(|| {
+            let row = |t: usize| {
+                let floats = self.pages[s.pages[t / PAGE] as usize].floats();
+                (0..self.shape.width).map(move |d| floats[self.shape.at(t % PAGE, d)])
+            };
+            (from..from + count).flat_map(row).collect()
         })
     }
 }
 
-impl Codes {
-    fn pack(
-        &mut self,
-        width: usize,
-        batch: usize,
-        (len, capacity): (usize, usize),
-        seq: usize,
-        code: impl Fn(usize) -> u8,
-    ) {
-        let mut row = Vec::with_capacity(self.row_bytes);
-        for (b, s) in (0..batch).flat_map(|b| (0..seq).map(move |s| (b, s))) {
-            row.clear();
-            let from = (b * seq + s) * width;
-            pack_row((from..from + width).map(&code), self.form.spec.bits, &mut row);
-            self.codes[(b * capacity + len + s) * self.row_bytes..][..self.row_bytes].copy_from_slice(&row);
+impl Page {
+    fn floats(&self) -> &[f32] {
+        &self.floats[self.skip..]
+    }
+}
+
+impl PageShape {
+    /// Where element `d` of row `t` of a page lies among its floats.
+    fn at(&self, t: usize, d: usize) -> usize {
+        match self.order {
+            Order::Channels => d * PAGE + t,
+            Order::Positions => (d / self.head_dim * PAGE + t) * self.head_dim + d % self.head_dim,
         }
     }
-}
 
-/// Copies the `len` first of `from` rows of each sequence, to be of `to`, behind `done` sequences.
-fn copy_rows<T: Copy>(
-    x: &[T],
-    y: &mut [T],
-    (from, to, len): (usize, usize, usize),
-    batch: usize,
-    done: usize,
-) {
-    let each = x.len().checked_div(batch * from).unwrap_or(0);
-    for b in 0..batch {
-        let held = &x[b * from * each..][..len * each];
-        y[(done + b) * to * each..][..len * each].copy_from_slice(held);
-    }
-}
-
-/// Moves the sequences that are kept to the front; the others are gone.
-fn move_rows<T: Copy>(x: &mut Vec<T>, batch: usize, capacity: usize, len: usize, kept: &[usize]) {
-    let each = x.len().checked_div(batch).unwrap_or(0);
-    let held = each.checked_div(capacity).unwrap_or(0) * len;
-    for (to, &b) in kept.iter().enumerate() {
-        x.copy_within(b * each..b * each + held, to * each);
-    }
-    x.truncate(kept.len() * each);
-}
-
-/// Puts `seq` new rows behind the `len` of each sequence.
-fn put_rows<T: Copy>(x: &mut [T], new: &[T], batch: usize, (len, capacity): (usize, usize), seq: usize) {
-    let each = x.len().checked_div(batch * capacity).unwrap_or(0);
-    for b in 0..batch {
-        x[(b * capacity + len) * each..][..seq * each].copy_from_slice(&new[b * seq * each..][..seq * each]);
-    }
-}
-
-/// Something that is done to a row that is read, with what it needs.
-pub(super) enum Read<'a> {
-    Add(std::borrow::Cow<'a, [f32]>),
-    Rope(Arc<Turns>),
-    AddTurned(std::borrow::Cow<'a, [f32]>, Arc<Turns>, Option<usize>),
-}
-
-/// The rows of a cache of codes, for those who read them.
-pub(super) struct Reader<'a> {
-    pub(super) cache: &'a KvCache,
-    pub(super) isa: Isa,
-    /// Where scales belong to channels: these, and the zero points.
-    pub(super) channels: Option<(std::borrow::Cow<'a, [f32]>, &'a [u8])>,
-    pub(super) reads: Vec<Read<'a>>,
-    pub(super) head_dim: usize,
-    /// One thread: rows are read inside of a task.
-    pub(super) alone: Pool,
-    pub(super) scratch: &'a Scratch,
-}
-
-impl Reader<'_> {
-    /// All rows of all sequences as floats, `[batch, len, width]`.
-    pub(super) fn all(&self) -> Vec<f32> {
-        let [batch, len, width] = self.cache.shape();
-        let mut out = vec![0.0; batch * len * width];
-        let mut head = vec![0.0; len * self.head_dim];
-        for (b, h) in (0..batch).flat_map(|b| (0..width / self.head_dim).map(move |h| (b, h))) {
-            self.read(b, h, 0, len, &mut head);
-            for (t, row) in head.chunks_exact(self.head_dim).enumerate() {
-                out[(b * len + t) * width + h * self.head_dim..][..self.head_dim].copy_from_slice(row);
-            }
-        }
-        out
-    }
-}
-
-impl HeadRows for Reader<'_> {
-    fn read(&self, b: usize, head: usize, from: usize, count: usize, out: &mut [f32]) {
-        let (cache, d) = (self.cache, self.head_dim);
-        let Rows::Codes(c) = &cache.rows else { return };
-        let first = b * cache.capacity + from;
-        let groups = cache.width.checked_div(c.group).unwrap_or(0);
-        let span = first * groups..(first + count) * groups;
-        let ones = vec![1.0; if c.group == 0 { count } else { 0 }];
-        // Scales of channels come after: until then, codes are values.
-        let view = WeightView::Packed {
-            bits: c.form.spec.bits,
-            signed: c.form.spec.signed,
-            codes: &c.codes[first * c.row_bytes..][..count * c.row_bytes],
-            group: if c.group == 0 { cache.width } else { c.group },
-            scales: if c.group == 0 { &ones } else { &c.scales[span.clone()] },
-            zeros: if c.group == 0 || !c.form.spec.zero { None } else { Some(&c.zeros[span]) },
+    /// Writes row `row` of the new ones to row `at` of a page.
+    fn put(&self, page: &mut Page, at: usize, new: &NewRows<'_>, row: usize) -> Result<(), EngineError> {
+        let (width, groups) = (self.width, self.groups());
+        let put = |to: &mut [f32], from: &[f32], n: usize| {
+            to[at * n..(at + 1) * n].copy_from_slice(&from[row * n..(row + 1) * n]);
         };
-        cpu::weight::read_part(self.isa, &view, cache.width, head * d, d, &mut out[..count * d]);
-        if let Some((scales, zeros)) = &self.channels {
-            let channels = head * d..(head + 1) * d;
-            for row in out[..count * d].chunks_exact_mut(d) {
-                for ((y, &s), &z) in
-                    row.iter_mut().zip(&scales[channels.clone()]).zip(&zeros[channels.clone()])
-                {
-                    *y = s * (*y - f32::from(z));
-                }
-            }
-        }
-        let out = &mut out[..count * d];
-        let positions = || &cache.positions[from..from + count];
-        for r in &self.reads {
-            match r {
-                Read::Add(v) => {
-                    for row in out.chunks_exact_mut(d) {
-                        row.iter_mut().zip(&v[head * d..]).for_each(|(y, v)| *y += v);
+        let mut codes = Vec::with_capacity(self.row_bytes);
+        let elements = row * width..(row + 1) * width;
+        match (new, &self.form) {
+            (NewRows::Floats(x), None) => {
+                let floats = &mut page.floats[page.skip..];
+                match self.order {
+                    Order::Channels => {
+                        let to = floats[at..].iter_mut().step_by(PAGE);
+                        to.zip(&x[elements]).for_each(|(y, x)| *y = *x);
+                    }
+                    Order::Positions => {
+                        for (head, x) in x[elements].chunks_exact(self.head_dim).enumerate() {
+                            let to = (head * PAGE + at) * self.head_dim;
+                            floats[to..to + self.head_dim].copy_from_slice(x);
+                        }
                     }
                 }
-                Read::Rope(turns) => turns.turn(&self.alone, self.isa, positions(), d, out),
-                Read::AddTurned(v, turns, block) => {
-                    let mut added = v[head * d..(head + 1) * d].repeat(count);
-                    turns.turn(&self.alone, self.isa, positions(), d, &mut added);
-                    if let Some(n) = *block {
-                        let x = added.clone();
-                        let how = (n, false);
-                        cpu::hadamard(&self.alone, self.isa, &x, d, how, None, &mut added, self.scratch);
-                    }
-                    out.iter_mut().zip(&added).for_each(|(y, v)| *y += v);
+                return Ok(());
+            }
+            (NewRows::Unsigned(x, scales, zeros), Some(form)) => {
+                pack_row(x[elements].iter().copied(), form.spec.bits, &mut codes);
+                put(&mut page.scales, scales, groups);
+                if self.zeros() {
+                    let zeros = &zeros[row * groups..(row + 1) * groups];
+                    page.zeros[at * groups..(at + 1) * groups].copy_from_slice(zeros);
                 }
             }
+            (NewRows::Signed(x, scales), Some(form)) => {
+                let least = form.spec.qmin();
+                let codes_of = x[elements].iter().map(|&c| (i32::from(c) - least) as u8);
+                pack_row(codes_of, form.spec.bits, &mut codes);
+                put(&mut page.scales, scales, groups);
+            }
+            _ => return Err(EngineError::System("new rows are not what their cache keeps".into())),
         }
+        page.codes[at * self.row_bytes..(at + 1) * self.row_bytes].copy_from_slice(&codes);
+        Ok(())
+    }
+}
+
+/// Rows of floats, for those who read them.
+pub(super) struct FloatRows<'a> {
+    pub(super) store: &'a KvStore,
+    pub(super) segments: &'a Segments<'a>,
+}
+
+impl FloatRows<'_> {
+    /// The page of a position, one head of it.
+    fn head(&self, s: usize, head: usize, at: usize) -> &[f32] {
+        let each = self.store.shape.head_dim * PAGE;
+        let page = &self.store.pages[self.segments.list[s].pages[at / PAGE] as usize];
+        &page.floats()[head * each..(head + 1) * each]
+    }
+}
+
+impl KvRows for FloatRows<'_> {
+    fn together(&self, _: usize, from: usize) -> usize {
+        PAGE - from % PAGE
+    }
+
+    fn piece<'s>(
+        &'s self,
+        s: usize,
+        head: usize,
+        from: usize,
+        count: usize,
+        room: &'s mut [f32],
+    ) -> MatRef<'s> {
+        let (dim, floats) = (self.store.shape.head_dim, self.head(s, head, from));
+        match self.store.shape.order {
+            Order::Positions => MatRef::new(&floats[from % PAGE * dim..][..count * dim], count, dim),
+            Order::Channels => {
+                for (t, row) in room.chunks_exact_mut(dim).take(count).enumerate() {
+                    let channels = floats[from % PAGE + t..].iter().step_by(PAGE);
+                    row.iter_mut().zip(channels).for_each(|(y, x)| *y = *x);
+                }
+                MatRef::new(room, count, dim)
+            }
+        }
+    }
+
+    fn panel<'s>(
+        &'s self,
+        isa: Isa,
+        s: usize,
+        head: usize,
+        from: usize,
+        count: usize,
+        room: &'s mut [f32],
+        spare: &mut [f32],
+    ) -> &'s [f32] {
+        if self.store.shape.order == Order::Channels {
+            return self.head(s, head, from);
+        }
+        cpu::attention::turned(self, isa, (s, head), from, count, room, spare);
+        room
     }
 }

@@ -4,9 +4,8 @@ use qrmc_ir::{Data, Diag, Dim, DimEnv, Elem, EngineError, Op, Place, Sym, Tensor
 use qrmc_lowering::{Arg, Kernel, Step};
 use smallvec::SmallVec;
 
-use super::cache::KvCache;
+use super::cache::{KvStore, Segments};
 use super::consts::Constant;
-use super::kv::head_of;
 use super::memory::{empty, grown};
 use super::prims::Out;
 use super::{Loaded, Machine, prims, products, quantize, rows};
@@ -19,8 +18,9 @@ pub(super) type Sizes = SmallVec<[usize; 6]>;
 pub enum Input<'a> {
     /// A tensor.
     Tensor(&'a Tensor),
-    /// A cache that is appended to in place.
-    Cache(&'a mut KvCache),
+    /// A cache that is appended to in place, and the sequences whose rows these are: the other arguments hold the rows of all
+    /// of them as one batch row.
+    Cache(&'a mut KvStore, &'a Segments<'a>),
 }
 
 /// Elements of an operand.
@@ -117,7 +117,7 @@ fn bind(loaded: &Loaded, args: &[Input<'_>]) -> Result<DimEnv, EngineError> {
     for (i, (ty, arg)) in program.params.iter().zip(args).enumerate() {
         let (fits, shape) = match arg {
             Input::Tensor(t) => (t.represents(ty.elem), t.shape().to_vec()),
-            Input::Cache(c) => (program.cache(i as u32) == Some(c.form()), c.shape().to_vec()),
+            Input::Cache(c, s) => (program.cache(i as u32) == Some(c.form()), vec![1, s.past(), c.width()]),
         };
         let fits = fits
             && shape.len() == ty.shape.rank()
@@ -211,7 +211,7 @@ impl<'a> State<'a, '_> {
             Arg::Const(c) => Slice::Const(&self.loaded.consts[c as usize]),
             Arg::Param(p) => match &self.args[p as usize] {
                 Input::Tensor(t) => slice(t.data())?,
-                Input::Cache(_) => return Err(wrong_kind()),
+                Input::Cache(..) => return Err(wrong_kind()),
             },
             Arg::Buffer(b) => match &self.buffers[b as usize] {
                 Data::F32(v) => Slice::F32(&v[..len]),
@@ -247,23 +247,14 @@ impl<'a> State<'a, '_> {
     ) -> Result<Vec<Tensor>, EngineError> {
         let one = |(arg, ty): &(Arg, TensorType)| {
             let held = match *arg {
-                Arg::Buffer(b) => self.cached[b as usize],
-                Arg::Param(p) => Some((p as usize, step)),
+                Arg::Buffer(b) => self.cached[b as usize].map(|(p, by)| (p, by, true)),
+                Arg::Param(p) => Some((p as usize, step, false)),
                 Arg::Const(_) => None,
             };
-            let cache = held.and_then(|(p, by)| match &self.args[p] {
-                Input::Cache(cache) => Some((&**cache, by)),
-                Input::Tensor(_) => None,
-            });
-            let Some((cache, by)) = cache else { return self.copied(*arg, ty) };
-            let data = match cache.dense() {
-                Some(rows) => rows,
-                None => {
-                    let Kernel::CacheAppend(form) = &by.kernel else { return Err(wrong_kind()) };
-                    self.reader(by, cache, head_of(form, cache.shape()[2]))?.all()
-                }
-            };
-            Ok(Tensor::f32(cache.shape(), data))
+            match held.map(|(p, by, grown)| (&self.args[p], by, grown)) {
+                Some((Input::Cache(store, segments), by, grown)) => self.shown(store, segments, by, grown),
+                _ => self.copied(*arg, ty),
+            }
         };
         args.map(one).collect()
     }

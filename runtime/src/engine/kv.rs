@@ -1,12 +1,12 @@
 //! Keys and values in a run: what is appended, and attention over it.
 
-use qrmc_ir::{AttnAttr, EngineError, Grain, Op, TensorType};
+use qrmc_ir::{AttnAttr, EngineError, Grain, Op, Tensor, TensorType};
 use qrmc_lowering::{Arg, CacheForm, CacheRead, Kernel, Step};
 
-use super::cache::{KvCache, NewRows, Read, Reader};
+use super::cache::{FloatRows, KvStore, NewRows, Order, PAGE, Read, Reader, Segment, Segments};
 use super::exec::{In, Input, Slice, State, wrong_kind};
 use super::prims;
-use crate::cpu::{self, AttnShape, KvRows, Pool, Rows};
+use crate::cpu::{self, Heads, KvRows, Pool, Queries, Rows};
 
 /// Channels of a row that are read together.
 pub(super) fn head_of(form: &CacheForm, width: usize) -> usize {
@@ -17,17 +17,29 @@ pub(super) fn head_of(form: &CacheForm, width: usize) -> usize {
     head.unwrap_or(width)
 }
 
-/// Keys or values: in memory, or read from a cache of codes.
+/// Keys or values: a tensor, or of caches.
 enum Held<'a> {
-    Floats(Rows<'a>),
+    Tensor(Rows<'a>),
+    Floats(FloatRows<'a>),
     Codes(Reader<'a>),
 }
 
 impl Held<'_> {
-    fn view(&self) -> KvRows<'_> {
+    fn view(&self) -> &dyn KvRows {
         match self {
-            Held::Floats(rows) => KvRows::Floats(*rows),
-            Held::Codes(reader) => KvRows::Other(reader),
+            Held::Tensor(rows) => rows,
+            Held::Floats(rows) => rows,
+            Held::Codes(reader) => reader,
+        }
+    }
+
+    /// The sequences, if they are in a cache.
+    fn segments(&self) -> Option<&[Segment<'_>]> {
+        match self {
+            Held::Tensor(_) => None,
+            Held::Floats(FloatRows { segments, .. }) | Held::Codes(Reader { segments, .. }) => {
+                Some(segments.list())
+            }
         }
     }
 }
@@ -38,7 +50,7 @@ impl<'a> State<'a, '_> {
         match (&step.kernel, step.ins.first()) {
             (Kernel::Op(Op::CacheAppend) | Kernel::CacheAppend(_), Some((Arg::Param(p), _))) => {
                 let p = *p as usize;
-                matches!(self.args[p], Input::Cache(_)).then_some(p)
+                matches!(self.args[p], Input::Cache(..)).then_some(p)
             }
             _ => None,
         }
@@ -48,26 +60,39 @@ impl<'a> State<'a, '_> {
     pub(super) fn append_in_place(&mut self, step: &'a Step) -> Result<bool, EngineError> {
         let Some(p) = self.grown_argument(step) else { return Ok(false) };
         // The cache is taken out while the operands are looked at.
-        let Input::Cache(cache) = &mut self.args[p] else { return Ok(false) };
-        let mut held = std::mem::replace(&mut **cache, KvCache::new(0, 0, 0, None));
-        let done = self.append(step, &mut held);
-        if let Input::Cache(cache) = &mut self.args[p] {
-            **cache = held;
+        let Input::Cache(store, segments) = &mut self.args[p] else { return Ok(false) };
+        let segments: &Segments<'_> = segments;
+        let mut held = std::mem::replace(&mut **store, KvStore::new((0, 0), Order::Positions, None));
+        let done = self.append(step, &mut held, segments, true);
+        if let Input::Cache(store, _) = &mut self.args[p] {
+            **store = held;
         }
         done?;
         self.cached[step.outs[0].0 as usize] = Some((p, step));
         Ok(true)
     }
 
-    /// Appends the new rows of a step to a cache.
-    fn append(&self, step: &Step, cache: &mut KvCache) -> Result<(), EngineError> {
+    /// Appends the new rows of a step to a cache, whose sequences say which `positions` the rows have, if they are to be those
+    /// of the step.
+    fn append(
+        &self,
+        step: &Step,
+        store: &mut KvStore,
+        segments: &Segments<'_>,
+        positions: bool,
+    ) -> Result<(), EngineError> {
         let (arg, ty) = &step.ins[1];
         let new = self.operand(*arg, ty)?;
         let Kernel::CacheAppend(form) = &step.kernel else {
-            return cache.append(&NewRows::Floats(new.f32()?), &[], self.dims.seq);
+            return store.append(&NewRows::Floats(new.f32()?), segments);
         };
-        let pos = form.positions().map(|at| self.operand(step.ins[at].0, &step.ins[at].1)).transpose()?;
-        let pos = pos.as_ref().map(In::i32).transpose()?.unwrap_or(&[]);
+        if let Some(at) = form.positions().filter(|_| positions) {
+            let pos = self.operand(step.ins[at].0, &step.ins[at].1)?;
+            if !segments.new_positions().eq(pos.i32()?.iter().copied()) {
+                let m = "new rows have other positions than their sequences say".into();
+                return Err(EngineError::System(m));
+            }
+        }
         let side = |i: usize| self.operand(step.ins[i].0, &step.ins[i].1);
         let scales = side(2)?;
         let scales = scales.widened()?;
@@ -77,14 +102,14 @@ impl<'a> State<'a, '_> {
             (Slice::I8(codes), None) => NewRows::Signed(codes, &scales),
             _ => return Err(wrong_kind()),
         };
-        cache.append(&rows, pos, self.dims.seq)
+        store.append(&rows, segments)
     }
 
     /// The rows of a cache of codes for those who read them, as the step that appends to it says.
     pub(super) fn reader<'r>(
         &'r self,
         step: &Step,
-        cache: &'r KvCache,
+        (store, segments): (&'r KvStore, &'r Segments<'r>),
         head_dim: usize,
     ) -> Result<Reader<'r>, EngineError> {
         let Kernel::CacheAppend(form) = &step.kernel else { return Err(wrong_kind()) };
@@ -94,7 +119,7 @@ impl<'a> State<'a, '_> {
             Grain::Channel => Some((operand(2)?.widened()?, operand(3)?.u8()?)),
             _ => None,
         };
-        let turns = |attr| m.turns.of(attr, cache.positions());
+        let turns = |attr| m.turns.of(attr, &[segments.furthest()]);
         let mut reads = Vec::new();
         for r in &form.reads {
             reads.push(match r {
@@ -105,23 +130,70 @@ impl<'a> State<'a, '_> {
                 }
             });
         }
-        Ok(Reader { cache, isa: m.isa, channels, reads, head_dim, alone: Pool::alone(), scratch: &m.scratch })
+        Ok(Reader {
+            store,
+            segments,
+            isa: m.isa,
+            channels,
+            reads,
+            head_dim,
+            alone: Pool::alone(),
+            scratch: &m.scratch,
+        })
+    }
+
+    /// What the readers of a cache see of it before or after its new rows, which must be of one sequence.
+    pub(super) fn shown(
+        &self,
+        store: &KvStore,
+        segments: &Segments<'_>,
+        by: &Step,
+        grown: bool,
+    ) -> Result<Tensor, EngineError> {
+        let [s] = segments.list() else {
+            let m = format!("steps are looked at in runs of one sequence, and {} run", segments.list().len());
+            return Err(EngineError::System(m));
+        };
+        let (len, width) = (s.past + if grown { s.rows } else { 0 }, store.width());
+        let data = match store.dense(s, 0, len) {
+            Some(rows) => rows,
+            None => {
+                let Kernel::CacheAppend(form) = &by.kernel else { return Err(wrong_kind()) };
+                self.reader(by, (store, segments), head_of(form, width))?.dense(0, 0, len)
+            }
+        };
+        Ok(Tensor::f32([1, len, width], data))
     }
 
     /// Appends rows of codes to a tensor: as floats.
     pub(super) fn append_floats(&self, step: &Step, out: &mut prims::Out<'_>) -> Result<(), EngineError> {
         let past = self.operand(step.ins[0].0, &step.ins[0].1)?;
         let Kernel::CacheAppend(form) = &step.kernel else { return Err(wrong_kind()) };
-        let (batch, width) = (out.0[0], out.0[2]);
-        let mut new = KvCache::new(batch, self.dims.seq, width, Some(form));
-        self.append(step, &mut new)?;
-        let rows = self.reader(step, &new, head_of(form, width))?.all();
+        let (batch, width, seq) = (out.0[0], out.0[2], self.dims.seq);
+        let positions =
+            form.positions().map(|at| self.operand(step.ins[at].0, &step.ins[at].1)).transpose()?;
+        let none = vec![0; seq];
+        let positions = positions.as_ref().map(In::i32).transpose()?.unwrap_or(&none);
+        let each = seq.div_ceil(PAGE);
+        let pages: Vec<u32> = (0..(batch * each) as u32).collect();
+        let segment = |b: usize| Segment {
+            first: b * seq,
+            rows: seq,
+            past: 0,
+            pages: &pages[b * each..(b + 1) * each],
+            positions,
+        };
+        let segments = Segments::new((0..batch).map(segment).collect());
+        let mut new = KvStore::new((width, head_of(form, width)), Order::Positions, Some(form));
+        new.grow(pages.len());
+        self.append(step, &mut new, &segments, false)?;
+        let reader = self.reader(step, (&new, &segments), head_of(form, width))?;
         let (old, y) = (past.f32()?, prims::floats(out)?);
-        let (old_len, new_len) = (self.dims.past * width, self.dims.seq * width);
+        let (old_len, new_len) = (self.dims.past * width, seq * width);
         for (b, y) in y.chunks_exact_mut((old_len + new_len).max(1)).enumerate() {
             let (first, last) = y.split_at_mut(old_len);
             first.copy_from_slice(&old[b * old_len..][..old_len]);
-            last.copy_from_slice(&rows[b * new_len..][..new_len]);
+            last.copy_from_slice(&reader.dense(b, 0, seq));
         }
         Ok(())
     }
@@ -134,39 +206,39 @@ impl<'a> State<'a, '_> {
         out: &mut prims::Out<'_>,
     ) -> Result<(), EngineError> {
         let m = &*self.loaded.machine;
-        let shape = AttnShape {
-            batch: self.dims.batch,
-            seq: self.dims.seq,
-            past: self.dims.past,
-            heads: a.heads as usize,
-            kv_heads: a.kv_heads as usize,
-            head_dim: out.0[2] / a.heads as usize,
-        };
+        let heads = a.heads as usize;
+        let heads = Heads { heads, kv_heads: a.kv_heads as usize, head_dim: out.0[2] / heads };
         let q = self.operand(step.ins[0].0, &step.ins[0].1)?;
-        let (k, v) = (self.rows(&step.ins[1], shape.head_dim)?, self.rows(&step.ins[2], shape.head_dim)?);
-        let (k, v, out) = (k.view(), v.view(), prims::floats(out)?);
-        cpu::attention(&m.pool, m.isa, &shape, a.scale.0 as f32, q.f32()?, k, v, out, &m.scratch);
+        let (k, v) = (self.rows(&step.ins[1], heads)?, self.rows(&step.ins[2], heads)?);
+        let (seq, past) = (self.dims.seq, self.dims.past);
+        let sequences: Vec<Queries> = match (k.segments(), v.segments()) {
+            (Some(k), Some(_)) => {
+                k.iter().map(|s| Queries { first: s.first, rows: s.rows, past: s.past }).collect()
+            }
+            (None, None) => {
+                (0..self.dims.batch).map(|b| Queries { first: b * seq, rows: seq, past }).collect()
+            }
+            _ => return Err(wrong_kind()),
+        };
+        let (k, v, out, scale) = (k.view(), v.view(), prims::floats(out)?, a.scale.0 as f32);
+        cpu::attention(&m.pool, m.isa, &heads, &sequences, scale, q.f32()?, k, v, out, &m.scratch);
         Ok(())
     }
 
     /// Keys or values of an attention.
-    fn rows(&self, (arg, ty): &(Arg, TensorType), head_dim: usize) -> Result<Held<'_>, EngineError> {
+    fn rows(&self, (arg, ty): &(Arg, TensorType), heads: Heads) -> Result<Held<'_>, EngineError> {
+        let head_dim = heads.head_dim;
         if let Arg::Buffer(b) = arg
             && let Some((p, step)) = &self.cached[*b as usize]
-            && let Input::Cache(cache) = &self.args[*p]
+            && let Input::Cache(store, segments) = &self.args[*p]
         {
-            return Ok(match cache.floats(head_dim) {
-                Some(rows) => Held::Floats(rows),
-                None => Held::Codes(self.reader(step, cache, head_dim)?),
+            return Ok(match store.form() {
+                None if store.head_dim() == head_dim => Held::Floats(FloatRows { store, segments }),
+                None => return Err(wrong_kind()),
+                Some(_) => Held::Codes(self.reader(step, (store, segments), head_dim)?),
             });
         }
         let x = self.operand(*arg, ty)?;
-        let width = x.shape[2];
-        Ok(Held::Floats(Rows {
-            data: x.f32()?,
-            batch_stride: x.shape[1] * width,
-            row_stride: width,
-            head_stride: head_dim,
-        }))
+        Ok(Held::Tensor(Rows::dense(x.f32()?, x.shape[1], heads.kv_heads, head_dim)))
     }
 }

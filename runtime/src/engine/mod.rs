@@ -28,7 +28,7 @@ use crate::cpu::{Isa, MatRef, Pool, Scratch};
 use crate::layout::Tiled;
 use consts::Constant;
 
-pub use cache::KvCache;
+pub use cache::{KvStore, Order, PAGE, Segment, Segments, Sequence, Table};
 pub use consts::Source;
 pub use exec::{Input, Watch};
 

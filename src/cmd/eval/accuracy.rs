@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::Place;
 use crate::cli::EvalArgs;
 use crate::fail::{FAILURE, Failure};
+use crate::memory::free_bytes;
 use crate::model;
 use crate::ui::Ui;
 
@@ -65,7 +66,7 @@ pub(super) fn run(args: &EvalArgs, task: &Task, ui: &Ui) -> Result<(), Failure> 
         let note = format!("{right} right, accuracy {:.3}", right as f64 / done as f64);
         ui.progress("eval", done, prompts.len(), &note);
     };
-    generate_many(&session, &prompts, &params, &mut on_done)?;
+    generate_many(&session, &prompts, &params, free_bytes(), &mut on_done)?;
     ui.clear();
     let seconds = start.elapsed().as_secs_f64();
     let answers: Vec<Answer> = answers.into_iter().flatten().collect::<Result<_, _>>()?;

@@ -118,3 +118,20 @@ fn inner_dimensions_must_agree() {
     let x = [0.0; 6];
     matmul(&pools()[0], Isa::PORTABLE, MatRef::new(&x, 2, 3), MatRef::new(&x, 2, 3), &mut [0.0; 6], 3);
 }
+
+#[test]
+fn a_row_is_the_same_among_many() {
+    let (n, k) = (700, 1100);
+    let (a, b) = (noise(600 * k, 1), noise(n * k, 2));
+    let (pool, isa) = (Pool::new(2).unwrap(), Isa::detect());
+    let run = |from: usize, m: usize| {
+        let mut out = vec![0.0; m * n];
+        let a = MatRef::new(&a[from * k..(from + m) * k], m, k);
+        matmul(&pool, isa, a, MatRef::new(&b, n, k).t(), &mut out, n);
+        bits(&out)
+    };
+    let all = run(0, 600);
+    for (from, m) in [(0, 33), (1, 47), (64, 64), (100, 130), (88, 512), (0, 257)] {
+        assert!(all[from * n..(from + m) * n] == run(from, m), "rows {from}+{m}");
+    }
+}
