@@ -58,6 +58,8 @@ const UNIT_ROWS: usize = 8;
 /// Blocks of sixteen rows of the weight that one task unpacks for the matrix unit: what is read of the left side serves all
 /// of them.
 const ACROSS: usize = 4;
+/// Rows of the left side that the matrix unit takes at once.
+const TILE_ROWS: usize = 16;
 /// Rows of the left side for which it pays to unpack the codes once more.
 const STRIP: usize = 128;
 /// Bytes of codes that one task reads, about.
@@ -161,7 +163,7 @@ pub fn product(pool: &Pool, path: IntPath, x: &Digits, parts: &mut [Part<'_>], s
         .collect();
     // Strips of rows come first: what goes over rows before and after has its first rows on the same threads.
     let strips = if unit { (m / STRIP).clamp(1, pool.threads()) } else { 1 };
-    let strip = m.div_ceil(strips).next_multiple_of(amx::ROWS);
+    let strip = m.div_ceil(strips).next_multiple_of(TILE_ROWS);
     let tasks = |p: &Shared<'_>| p.w.blocks().div_ceil(p.at_once);
     let across = parts.iter().map(tasks).sum::<usize>();
     pool.for_each(m.div_ceil(strip) * across, |task| {

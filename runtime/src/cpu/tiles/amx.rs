@@ -9,18 +9,16 @@ use std::ops::Range;
 use super::digits::Digits;
 use super::layout::{Tiles, every_line, unpack};
 use super::vnni::{line, whole};
-use super::{ACROSS, LANES, LINE, PIECE, Shared};
+use super::{ACROSS, LANES, LINE, PIECE, Shared, TILE_ROWS as ROWS};
 use crate::cpu::pool::Scratch;
 use crate::cpu::split::Tiles as Registers;
 
 /// Codes of a piece of one block.
 const TILE: usize = PIECE / 4 * LINE;
-/// Rows of the left side that are multiplied at once.
-pub(super) const ROWS: usize = 16;
 
 /// Sums of sixteen rows: of three digits with one block of the weight, or of one digit with each of [`ACROSS`] blocks.
 #[repr(align(64))]
-struct Whole([Sums; ACROSS]);
+struct Whole(MaybeUninit<[Sums; ACROSS]>);
 
 /// Sums of sixteen rows with a block.
 type Sums = [[i32; LANES]; ROWS];
@@ -149,8 +147,8 @@ unsafe fn multiply<const COUNT: usize, const BYTES: bool, const N: usize>(
     let per_block = x.block.div_ceil(PIECE);
     let mut y = [[_mm512_setzero_ps(); ROWS]; N];
     // The unit fills one while the sums of the other are added.
-    let mut whole = [MaybeUninit::<Whole>::uninit(), MaybeUninit::uninit()];
-    let whole = whole.each_mut().map(MaybeUninit::as_mut_ptr);
+    let mut whole = [const { Whole(MaybeUninit::uninit()) }; 2];
+    let whole = whole.each_mut().map(|w| w.0.as_mut_ptr().cast::<Sums>());
     let mut before = None;
     let mut n = 0;
     for g in 0..w.groups() {
@@ -177,7 +175,7 @@ unsafe fn multiply<const COUNT: usize, const BYTES: bool, const N: usize>(
                             block + i,
                             (first, count),
                             at,
-                            whole[(n + 1) % 2].cast::<Sums>().add(i),
+                            whole[(n + 1) % 2].add(i),
                             y,
                         );
                     }
@@ -191,15 +189,7 @@ unsafe fn multiply<const COUNT: usize, const BYTES: bool, const N: usize>(
         // SAFETY: promised by the caller.
         unsafe {
             if let Some(at) = before {
-                add::<COUNT, BYTES>(
-                    x,
-                    w,
-                    block + i,
-                    (first, count),
-                    at,
-                    whole[at.1 % 2].cast::<Sums>().add(i),
-                    y,
-                );
+                add::<COUNT, BYTES>(x, w, block + i, (first, count), at, whole[at.1 % 2].add(i), y);
             }
             put(x, p, block + i, (first, count), y);
         }
