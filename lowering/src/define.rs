@@ -1,6 +1,6 @@
 //! What a kernel means: a function in operations of the IR, which every kernel can be held against.
 
-use qrmc_ir::{BinaryOp, Builder, Diag, Elem, Func, Module, Op, UnaryOp, ValueId};
+use qrmc_ir::{BinaryOp, Builder, Diag, Elem, Func, Grain, Module, Op, UnaryOp, ValueId};
 
 use crate::kernel::{CacheForm, CacheRead, Kernel, LinearPart};
 use crate::program::Step;
@@ -26,7 +26,9 @@ impl Step {
         let Kernel::Linear(parts) = &self.kernel else { return Ok(None) };
         let (mut b, ins) = self.params(module);
         let middle = match self.ins[0].1.elem {
-            Elem::Quant(spec) if spec.zero => Some((ins[1], f64::from(1u32 << (spec.bits - 1)))),
+            Elem::Quant(spec) if spec.zero && spec.grain == Grain::Token => {
+                Some((ins[1], f64::from(1u32 << (spec.bits - 1))))
+            }
             _ => None,
         };
         let of_x = |b: &mut Builder<'_>, x: ValueId| {

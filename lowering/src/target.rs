@@ -65,7 +65,15 @@ impl Target for Cpu {
     }
 
     fn multiplies(&self, x: QuantSpec, w: QuantSpec) -> bool {
-        x.grain == Grain::Token && matches!(w.grain, Grain::Tensor | Grain::Row | Grain::Group(_))
+        match (x.grain, w.grain) {
+            (Grain::Token, Grain::Tensor | Grain::Row | Grain::Group(_)) => true,
+            // Scales of ranks of tensor parallelism: those of the weight do not reach over two of them, or over whole ones.
+            (Grain::Group(run), Grain::Tensor | Grain::Row) => run.is_multiple_of(PIECE),
+            (Grain::Group(run), Grain::Group(group)) => {
+                run.is_multiple_of(PIECE) && run.is_multiple_of(group)
+            }
+            _ => false,
+        }
     }
 
     fn by_rows(&self, op: &Op, ins: &[&TensorType]) -> bool {
@@ -85,6 +93,8 @@ impl Target for Cpu {
     }
 }
 
+/// Neighbours along the inner dimension that the products of codes take at once.
+const PIECE: u32 = 64;
 /// Sides of the matrices of a mode product of neighbours that are multiplied in registers.
 const MODE: u64 = 64;
 

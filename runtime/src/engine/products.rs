@@ -1,6 +1,6 @@
 //! Products of matrices, and the gradient of attention, which is made of them.
 
-use qrmc_ir::{AttnAttr, Elem, EngineError, Op};
+use qrmc_ir::{AttnAttr, Elem, EngineError, Grain, Op, QuantSpec};
 use qrmc_lowering::LinearPart;
 use smallvec::SmallVec;
 
@@ -90,11 +90,16 @@ pub(super) fn linear(
     ins: &[In<'_>],
     outs: &mut [Out<'_>],
 ) -> Result<(), EngineError> {
+    let k = ins[0].shape.last().copied().unwrap_or(1);
+    let run = |spec: QuantSpec| if let Grain::Group(g) = spec.grain { g as usize } else { k };
     let side = match (elem, ins[0].data()?) {
         (Elem::Quant(spec), Slice::U8(codes)) => {
-            Side::Unsigned { codes, bits: spec.bits, scales: ins[1].f32()?, zeros: ins[2].u8()? }
+            let (scales, zeros) = (ins[1].f32()?, ins[2].u8()?);
+            Side::Unsigned { codes, bits: spec.bits, scales, zeros, run: run(spec) }
         }
-        (Elem::Quant(_), Slice::I8(codes)) => Side::Signed { codes, scales: ins[1].f32()? },
+        (Elem::Quant(spec), Slice::I8(codes)) => {
+            Side::Signed { codes, scales: ins[1].f32()?, run: run(spec) }
+        }
         _ => Side::Floats(ins[0].f32()?),
     };
     let tiles = |p: &LinearPart| match ins[p.weight].data {

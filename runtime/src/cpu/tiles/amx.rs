@@ -236,7 +236,7 @@ unsafe fn add<const COUNT: usize, const BYTES: bool>(
                 false => sum,
             };
         }
-        let step = if COUNT == 1 { 1.0 } else { steps.at(known, 0) };
+        let step = x.stepped.then(|| steps.at(known, 0));
         *y = _mm512_add_ps(*y, _mm512_mul_ps(scales, whole(parts, step)));
     }
 }

@@ -24,23 +24,27 @@ const TASK: usize = 16 * 1024;
 pub enum Side<'a> {
     /// `m * k` floats.
     Floats(&'a [f32]),
-    /// Unsigned codes with a scale and a zero point for each row.
+    /// Unsigned codes with a scale and a zero point for each run of a row.
     Unsigned {
         /// `m * k` codes.
         codes: &'a [u8],
         /// Their width, up to 8.
         bits: u8,
-        /// `m` scales.
+        /// `m * k / run` scales.
         scales: &'a [f32],
-        /// `m` zero points.
+        /// `m * k / run` zero points.
         zeros: &'a [u8],
+        /// Neighbours that share a scale: all of a row, or see [`Side::runs`].
+        run: usize,
     },
-    /// Signed codes with a scale for each row.
+    /// Signed codes with a scale for each run of a row.
     Signed {
         /// `m * k` codes.
         codes: &'a [i8],
-        /// `m` scales.
+        /// `m * k / run` scales.
         scales: &'a [f32],
+        /// Neighbours that share a scale.
+        run: usize,
     },
 }
 
@@ -49,7 +53,8 @@ pub enum Side<'a> {
 /// An element `x` of an inner block is `step (d0 + 256 d1 + 65536 d2 + shift)` with digits in `-128..=127`. Codes have one
 /// digit, the step is the row's scale, and the shift is what their zero point leaves after the digit took 128 off; floats
 /// have three digits, no shift, and a power of two for each block as the step: what they lose is at most `step / 2`, where
-/// `step` is at most `2^-21` of the largest magnitude of the block.
+/// `step` is at most `2^-21` of the largest magnitude of the block. Codes whose row has several scales have these as steps of
+/// their blocks, and no shift: with a zero point, those of 8 bits are numbers of nine, which take three digits as floats do.
 #[derive(Clone, Debug, Default)]
 pub struct Digits {
     pub(super) rows: usize,
@@ -65,7 +70,9 @@ pub struct Digits {
     planes: Vec<Line>,
     /// By row, digit and block.
     sums: Vec<i32>,
-    /// By row and block for floats, by row for codes.
+    /// Whether blocks have steps of their own.
+    pub(super) stepped: bool,
+    /// By row and block, or by row.
     steps: Vec<f32>,
     shifts: Vec<f32>,
 }
@@ -85,15 +92,25 @@ impl Digits {
     pub fn cut(&mut self, pool: &Pool, isa: Isa, x: Side<'_>, (m, k): (usize, usize), group: usize) {
         assert!(group > 0 && k.is_multiple_of(group), "groups of {group} in rows of {k}");
         x.check(m, k);
-        let floats = matches!(x, Side::Floats(_));
+        let run = x.run(k);
         self.rows = m;
-        self.count = if floats { FLOAT_DIGITS } else { 1 };
+        self.stepped = run < k || matches!(x, Side::Floats(_));
+        self.count = if x.is_wide(k) { FLOAT_DIGITS } else { 1 };
         (self.group, self.groups) = (group, k / group);
-        self.block = group.min(if floats { FLOAT_BLOCK } else { CODE_BLOCK });
+        let most = if self.count == 1 { CODE_BLOCK } else { FLOAT_BLOCK };
+        self.block = match run < group {
+            // The scales change inside of a group of the weight.
+            true => (PIECE..=most.min(run))
+                .rev()
+                .find(|b| run.is_multiple_of(*b) && b.is_multiple_of(PIECE))
+                .unwrap_or(PIECE),
+            false => group.min(most),
+        };
+        assert!(run >= k || Side::runs(run, group), "scales of {run} beside groups of {group}");
         // A tile reads whole pieces, past the end of the row.
         self.stride = (self.groups * self.padded_group() + PIECE).next_multiple_of(size_of::<Line>());
         let (count, stride, blocks) = (self.count, self.stride, self.blocks());
-        let steps = if floats { blocks } else { 1 };
+        let steps = if self.stepped { blocks } else { 1 };
         let rows = if m < UNIT_ROWS { m } else { m.next_multiple_of(ROWS) };
         // Codes that fill up a piece are multiplied by 0. Rows that fill up a tile may hold anything.
         if !group.is_multiple_of(PIECE) {
@@ -158,10 +175,10 @@ impl Digits {
         &self.sums[(row * self.count + d) * blocks..][..blocks]
     }
 
-    /// The steps of the blocks of a row of floats.
+    /// The steps of the blocks of a row, if they have some of their own.
     #[inline(always)]
     pub(super) fn steps(&self, row: usize) -> &[f32] {
-        let blocks = if self.count == 1 { 0 } else { self.blocks() };
+        let blocks = if self.stepped { self.blocks() } else { 0 };
         &self.steps[row * blocks..][..blocks]
     }
 
@@ -173,10 +190,10 @@ impl Digits {
         OfRows { all: &self.sums[span], block, blocks, count: self.count }
     }
 
-    /// The steps of one block, for `rows` rows of floats from `first` on; nothing for codes.
+    /// The steps of one block, for `rows` rows from `first` on, if blocks have some of their own.
     #[inline(always)]
     pub(super) fn steps_of(&self, first: usize, rows: usize, block: usize) -> OfRows<'_, f32> {
-        let blocks = if self.count == 1 { 0 } else { self.blocks() };
+        let blocks = if self.stepped { self.blocks() } else { 0 };
         OfRows { all: &self.steps[first * blocks..(first + rows) * blocks], block, blocks, count: 1 }
     }
 
@@ -189,13 +206,13 @@ impl Digits {
     /// What the sum of products over a block is multiplied by.
     #[inline(always)]
     pub(super) fn step(&self, row: usize, block: usize) -> f32 {
-        if self.count == 1 { 1.0 } else { self.steps[row * self.blocks() + block] }
+        if self.stepped { self.steps[row * self.blocks() + block] } else { 1.0 }
     }
 
     /// The shift of a row, and what its result is multiplied by.
     #[inline(always)]
     pub(super) fn finish(&self, row: usize) -> (f32, f32) {
-        (self.shifts[row], if self.count == 1 { self.steps[row] } else { 1.0 })
+        (self.shifts[row], if self.stepped { 1.0 } else { self.steps[row] })
     }
 }
 
@@ -216,17 +233,41 @@ impl<T: Copy> OfRows<'_, T> {
 }
 
 impl Side<'_> {
+    /// Whether codes with a scale for each `run` neighbours are multiplied with weights whose rows have groups of `group`: one
+    /// divides the other, and a run is whole pieces.
+    pub fn runs(run: usize, group: usize) -> bool {
+        run > 0 && run.is_multiple_of(PIECE) && (run.is_multiple_of(group) || group.is_multiple_of(run))
+    }
+
+    /// Neighbours in a row of `k` that share a scale.
+    fn run(&self, k: usize) -> usize {
+        match *self {
+            Side::Floats(_) => k,
+            Side::Unsigned { run, .. } | Side::Signed { run, .. } => run,
+        }
+    }
+
+    /// Whether elements take three digits.
+    fn is_wide(&self, k: usize) -> bool {
+        match *self {
+            Side::Floats(_) => true,
+            Side::Unsigned { bits, run, .. } => bits == 8 && run < k,
+            Side::Signed { .. } => false,
+        }
+    }
+
     /// Panics unless this is `[m, k]`.
     fn check(&self, m: usize, k: usize) {
+        let runs = m * k.checked_div(self.run(k)).unwrap_or(1);
         let lens = match *self {
-            Side::Floats(x) => (x.len(), m, m),
-            Side::Unsigned { codes, bits, scales, zeros } => {
+            Side::Floats(x) => (x.len(), runs, runs),
+            Side::Unsigned { codes, bits, scales, zeros, .. } => {
                 assert!(bits <= 8, "codes of {bits} bits");
                 (codes.len(), scales.len(), zeros.len())
             }
-            Side::Signed { codes, scales } => (codes.len(), scales.len(), m),
+            Side::Signed { codes, scales, .. } => (codes.len(), scales.len(), runs),
         };
-        assert_eq!(lens, (m * k, m, m), "elements, scales and zero points of a left side [{m}, {k}]");
+        assert_eq!(lens, (m * k, runs, runs), "elements, scales and zero points of a left side [{m}, {k}]");
     }
 }
 
@@ -263,7 +304,7 @@ impl Kernel for CutRow<'_> {
                 let blocks = steps.len();
                 let (d0, rest) = planes.split_at_mut(cut.stride);
                 let (d1, d2) = rest.split_at_mut(cut.stride);
-                for (b, (x, at)) in cut.blocks(&x[span]).enumerate() {
+                for (b, (x, at, _)) in cut.blocks(&x[span]).enumerate() {
                     let to = at..at + x.len();
                     steps[b] = digits(x, &mut d0[to.clone()], &mut d1[to.clone()], &mut d2[to.clone()]);
                     sums[b] = sum(&d0[to.clone()]);
@@ -271,12 +312,35 @@ impl Kernel for CutRow<'_> {
                     sums[2 * blocks + b] = sum(&d2[to]);
                 }
             }
-            Side::Unsigned { codes, bits, scales, zeros } => {
-                steps[0] = scales[row];
-                // Codes of eight bits less their zero point would need nine.
-                let offset = if bits < 8 { zeros[row] } else { 128 };
-                *shift = f32::from(i16::from(offset) - i16::from(zeros[row]));
-                for (b, (codes, at)) in cut.blocks(&codes[span]).enumerate() {
+            Side::Unsigned { codes, bits: 8, scales, zeros, run } if run < cut.k => {
+                let blocks = steps.len();
+                let (d0, rest) = planes.split_at_mut(cut.stride);
+                let (d1, d2) = rest.split_at_mut(cut.stride);
+                for (b, (codes, at, from)) in cut.blocks(&codes[span]).enumerate() {
+                    let of = (row * cut.k + from) / run;
+                    steps[b] = scales[of];
+                    let to = at..at + codes.len();
+                    for ((d0, d1), &c) in d0[to.clone()].iter_mut().zip(&mut d1[to.clone()]).zip(codes) {
+                        let x = i16::from(c) - i16::from(zeros[of]);
+                        *d0 = x as i8;
+                        *d1 = ((x - i16::from(*d0)) >> 8) as i8;
+                    }
+                    d2[to.clone()].fill(0);
+                    sums[b] = sum(&d0[to.clone()]);
+                    sums[blocks + b] = sum(&d1[to]);
+                    sums[2 * blocks + b] = 0;
+                }
+            }
+            Side::Unsigned { codes, bits, scales, zeros, run } => {
+                steps[0] = scales[row * cut.k / run];
+                for (b, (codes, at, from)) in cut.blocks(&codes[span]).enumerate() {
+                    let of = (row * cut.k + from) / run;
+                    // Codes of eight bits less their zero point would need nine.
+                    let offset = if bits < 8 { zeros[of] } else { 128 };
+                    *shift = f32::from(i16::from(offset) - i16::from(zeros[of]));
+                    if run < cut.k {
+                        steps[b] = scales[of];
+                    }
                     let out = &mut planes[at..at + codes.len()];
                     for (d, &c) in out.iter_mut().zip(codes) {
                         *d = c.wrapping_sub(offset) as i8;
@@ -284,9 +348,12 @@ impl Kernel for CutRow<'_> {
                     sums[b] = sum(out);
                 }
             }
-            Side::Signed { codes, scales } => {
-                steps[0] = scales[row];
-                for (b, (codes, at)) in cut.blocks(&codes[span]).enumerate() {
+            Side::Signed { codes, scales, run } => {
+                steps[0] = scales[row * cut.k / run];
+                for (b, (codes, at, from)) in cut.blocks(&codes[span]).enumerate() {
+                    if run < cut.k {
+                        steps[b] = scales[(row * cut.k + from) / run];
+                    }
                     let out = &mut planes[at..at + codes.len()];
                     out.copy_from_slice(codes);
                     sums[b] = sum(out);
@@ -297,12 +364,13 @@ impl Kernel for CutRow<'_> {
 }
 
 impl Cut<'_> {
-    /// The blocks of a row, and where their digits go.
+    /// The blocks of a row, where their digits go, and where in the row they begin.
     #[inline(always)]
-    fn blocks<'x, T>(&self, row: &'x [T]) -> impl Iterator<Item = (&'x [T], usize)> {
-        let (block, padded) = (self.block, self.padded);
-        row.chunks(self.group).enumerate().flat_map(move |(g, group)| {
-            group.chunks(block).enumerate().map(move |(b, x)| (x, g * padded + b * block))
+    fn blocks<'x, T>(&self, row: &'x [T]) -> impl Iterator<Item = (&'x [T], usize, usize)> {
+        let (block, padded, size) = (self.block, self.padded, self.group);
+        row.chunks(size).enumerate().flat_map(move |(g, group)| {
+            let at = move |b: usize| (g * padded + b * block, g * size + b * block);
+            group.chunks(block).enumerate().map(move |(b, x)| (x, at(b).0, at(b).1))
         })
     }
 }

@@ -118,7 +118,7 @@ unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u
                     };
                     _mm512_sub_epi32(sum, taken)
                 };
-                let step = if COUNT == 1 { 1.0 } else { steps[r][n] };
+                let step = x.stepped.then(|| steps[r][n]);
                 let mut parts = [_mm512_setzero_si512(); COUNT];
                 for (d, p) in parts.iter_mut().enumerate() {
                     *p = part(d);
@@ -135,18 +135,19 @@ unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u
     }
 }
 
-/// The sum of a block from the sums of its digits, see [`fold`](super::plain::fold); the step of codes is 1.
+/// The sum of a block from the sums of its digits, see [`fold`](super::plain::fold), times its step if it has one.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn whole<const COUNT: usize>(parts: [__m512i; COUNT], step: f32) -> __m512 {
+pub(super) fn whole<const COUNT: usize>(parts: [__m512i; COUNT], step: Option<f32>) -> __m512 {
     let low = _mm512_cvtepi32_ps(parts[0]);
-    if COUNT == 1 {
-        return low;
-    }
-    let high = _mm512_add_epi32(_mm512_slli_epi32::<8>(parts[COUNT - 1]), parts[COUNT / 2]);
-    // The product is exact, so this rounds as a product and a sum do.
-    let whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0), low);
-    _mm512_mul_ps(whole, _mm512_set1_ps(step))
+    let whole = if COUNT == 1 {
+        low
+    } else {
+        let high = _mm512_add_epi32(_mm512_slli_epi32::<8>(parts[COUNT - 1]), parts[COUNT / 2]);
+        // The product is exact, so this rounds as a product and a sum do.
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0), low)
+    };
+    step.map_or(whole, |step| _mm512_mul_ps(whole, _mm512_set1_ps(step)))
 }
 
 /// Adds the products of a line of codes with four digits of each row.
