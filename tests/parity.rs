@@ -8,9 +8,10 @@ use crate::run::{ok, run};
 use crate::support::{TINY, data};
 
 /// Compiles the tiny model, runs `check --parity`, and gives what it says of each kind of kernel.
-fn parity(dir: &Path, name: &str, recipe: &str) -> Vec<(String, u64, u64)> {
+fn parity(dir: &Path, name: &str, recipe: &str, more: &[&str]) -> Vec<(String, u64, u64)> {
     let tiny = data(TINY);
-    ok(dir, &["compile", tiny.to_str().unwrap(), "--pass", recipe, "--no-check", "-o", name]);
+    let args = ["compile", tiny.to_str().unwrap(), "--pass", recipe, "--no-check", "-o", name];
+    ok(dir, &[&args, more].concat());
     let said: Value = serde_json::from_str(&ok(dir, &["check", name, "--parity", "--json"])).unwrap();
     assert_eq!(said["holds"], true, "{recipe}: {said}");
     assert_eq!(said["left_out"], 0, "{recipe}");
@@ -35,12 +36,27 @@ fn kernels_do_what_the_graph_says() {
         ("kvquant:bits=3", false, true),
     ];
     for (i, (recipe, quantized, cached)) in recipes.into_iter().enumerate() {
-        let kinds = parity(dir.path(), &format!("out{i}"), recipe);
+        let kinds = parity(dir.path(), &format!("out{i}"), recipe, &[]);
         let integers = |name: &str| kinds.iter().filter(|k| k.0 == name).map(|k| k.2).sum::<u64>();
         assert!(kinds.iter().any(|k| k.0 == "linear" && k.1 > 0), "{recipe}: {kinds:?}");
         assert_eq!(integers("quantize") > 0, quantized || cached, "{recipe}: {kinds:?}");
         // Values that only a cache reads are codes from there on.
         assert!(!kinds.iter().any(|k| k.0 == "fake_quant"), "{recipe}: {kinds:?}");
+    }
+}
+
+#[test]
+fn scales_of_ranks_stay_with_the_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    for (i, recipe) in
+        ["rtn:bits=4,group=32,a=4", "rtn:bits=8,group=row,sym=true,a=8"].into_iter().enumerate()
+    {
+        let kinds = parity(dir.path(), &format!("out{i}"), recipe, &["--tp", "2"]);
+        assert!(!kinds.iter().any(|k| ["dcast", "fake_quant"].contains(&&*k.0)), "{recipe}: {kinds:?}");
+        let program = ok(dir.path(), &["inspect", &format!("out{i}"), "--program", "layer0"]);
+        let ranks =
+            program.lines().filter(|l| l.contains("quantize {q = u") && l.contains("<group:")).count();
+        assert_eq!(ranks, 2, "{program}");
     }
 }
 

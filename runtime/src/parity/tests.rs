@@ -30,7 +30,8 @@ struct Case {
     inner: usize,
     bits: u8,
     sym: bool,
-    act: Option<(u8, bool)>,
+    /// Width, whether it is symmetric, and whether each group of the weight has a scale of its own, where it may.
+    act: Option<(u8, bool, bool)>,
     /// Powers of two of the activation and of the scales of the weight.
     size: (i32, i32),
     /// Every so many rows of the activation are 0.
@@ -39,8 +40,9 @@ struct Case {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    let shape = (1usize..40, 1usize..70, 1usize..4, 1usize..150);
-    let act = prop_oneof![Just(None), (2u8..=8, any::<bool>()).prop_map(Some)];
+    let inner = prop_oneof![1usize..150, (1usize..3).prop_map(|n| 64 * n)];
+    let shape = (1usize..40, 1usize..70, 1usize..4, inner);
+    let act = prop_oneof![Just(None), (2u8..=8, any::<bool>(), any::<bool>()).prop_map(Some)];
     let sizes = (prop_oneof![Just(0), -110..110i32], prop_oneof![Just(-4), -60..20i32]);
     (shape, 2u8..=8, any::<bool>(), act, sizes, 1usize..6, any::<u64>()).prop_map(
         |((rows, cols, groups, inner), bits, sym, act, size, zero_rows, seed)| Case {
@@ -110,8 +112,9 @@ impl Case {
         let k = (self.inner * self.groups) as u64;
         let ty = TensorType::new(Elem::F32, vec![Dim::Fixed(1), Dim::Sym(qrmc_ir::Sym::S), Dim::Fixed(k)]);
         let mut x = b.param(Some("x"), ty);
-        if let Some((bits, sym)) = self.act {
-            let grain = Grain::Token;
+        if let Some((bits, sym, runs)) = self.act {
+            let runs = runs && self.inner.is_multiple_of(64);
+            let grain = if runs { Grain::Group(self.inner as u32) } else { Grain::Token };
             let spec = if sym { QuantSpec::sym(bits, grain) } else { QuantSpec::asym(bits, grain) };
             x = b.op1(Op::FakeQuant(spec, Rule::Dynamic), &[x]).unwrap();
         }
