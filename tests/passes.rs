@@ -187,6 +187,11 @@ fn golden_program() {
     let model = import("fixtures/qwen2-bias-tied");
     let p = qrmc_lowering::lower_func(&model.module, &model.module.funcs[1], &qrmc_lowering::Cpu).unwrap();
     assert_snapshot!("program_qwen2-bias-tied", p.to_string());
+    let recipe = "rtn{bits=4,group=8,a=8,kv=4}";
+    let (unit, ..) = compile("fixtures/qwen2-bias-tied", recipe, &windows(256, 1, 8));
+    let layer = unit.module.func(unit.module.layers()[0]);
+    let p = qrmc_lowering::lower_func(&unit.module, layer, &qrmc_lowering::Cpu).unwrap();
+    assert_snapshot!("program_of_codes", p.to_string());
 }
 
 #[test]

@@ -143,15 +143,16 @@ pub(crate) fn max_of(x: &[f32]) -> f32 {
 /// Replaces a row by `e^(x - max)` and yields the sum.
 #[inline(always)]
 pub(crate) fn exp_in_place(row: &mut [f32]) -> f64 {
-    exp_below(row, max_of(row))
-}
-
-/// Replaces a row by `e^(x - top)` and yields the sum.
-#[inline(always)]
-pub(crate) fn exp_below(row: &mut [f32], top: f32) -> f64 {
+    let top = max_of(row);
     for x in row.iter_mut() {
         *x = exp(*x - top);
     }
+    row_sum(row)
+}
+
+/// The sum in sixteen lanes of `f64`: zeros at the end change nothing.
+#[inline(always)]
+pub(crate) fn row_sum(row: &[f32]) -> f64 {
     lanes(row, Plain)
 }
 

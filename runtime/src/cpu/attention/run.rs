@@ -1,10 +1,10 @@
 //! One run of keys and values against the query rows of a task, in one order for every number of rows.
 
 use super::super::gemm::MatRef;
-use super::super::reduce::{exp_below, max_of};
+use super::super::reduce::{max_of, row_sum};
 #[cfg(target_arch = "x86_64")]
 use super::super::simd::Level;
-use super::super::simd::{Isa, Kernel, Lanes};
+use super::super::simd::{Isa, Kernel, Lanes, exp};
 use super::PANEL;
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
@@ -147,12 +147,18 @@ impl Kernel for Weights<'_> {
     fn run<L: Lanes>(self) {
         let rows = self.scores.chunks_exact_mut(self.stride);
         for ((row, &limit), stat) in rows.zip(self.limits).zip(self.stats) {
-            let row = &mut row[..limit];
+            // Whole vectors: what is not seen is computed with the rest and then put aside.
+            let whole = limit.next_multiple_of(PANEL).min(row.len());
+            let row = &mut row[..whole];
             for s in row.iter_mut() {
                 *s *= self.scale;
             }
-            let top = max_of(row);
-            *stat = (top, exp_below(row, top) as f32);
+            let top = max_of(&row[..limit]);
+            for s in row.iter_mut() {
+                *s = exp(*s - top);
+            }
+            row[limit..].fill(0.0);
+            *stat = (top, row_sum(row) as f32);
         }
     }
 }
@@ -188,8 +194,7 @@ impl Kernel for Join<'_, '_> {
                 (*top, *sum) = (new_top, f64::from(new_sum));
             } else if limit > 0 {
                 let both = super::super::simd::max(*top, new_top);
-                let (old, new) =
-                    (super::super::simd::exp(*top - both), super::super::simd::exp(new_top - both));
+                let (old, new) = (exp(*top - both), exp(new_top - both));
                 for (a, &v) in acc.iter_mut().zip(values) {
                     *a = *a * old + v * new;
                 }

@@ -14,7 +14,7 @@ const CODE_BLOCK: usize = 32 * 1024;
 const FLOAT_DIGITS: usize = 3;
 /// The largest magnitude that three signed digits hold on both sides.
 const FLOAT_TOP: f32 = (127 * 65_536 + 127 * 256 + 127) as f32;
-/// Rows are filled up to a multiple of this with zeros, for the matrix unit.
+/// Rows are filled up to a multiple of this, for the matrix unit.
 const ROWS: usize = 32;
 /// Elements that one task cuts, about.
 const TASK: usize = 16 * 1024;
@@ -94,8 +94,11 @@ impl Digits {
         self.stride = (self.groups * self.padded_group() + PIECE).next_multiple_of(size_of::<Line>());
         let (count, stride, blocks) = (self.count, self.stride, self.blocks());
         let steps = if floats { blocks } else { 1 };
-        self.planes.clear();
         let rows = if m < UNIT_ROWS { m } else { m.next_multiple_of(ROWS) };
+        // Codes that fill up a piece are multiplied by 0. Rows that fill up a tile may hold anything.
+        if !group.is_multiple_of(PIECE) {
+            self.planes.clear();
+        }
         self.planes.resize(rows * count * stride / size_of::<Line>(), Line([0; PIECE]));
         self.sums.resize(m * count * blocks, 0);
         self.steps.resize(m * steps, 0.0);

@@ -136,7 +136,9 @@ fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
             for kind in 0..3 {
                 let weight = Weight::new((n, k), b, group, kind);
                 let tiles = weight.tiles();
+                let bias = noise(n, 11);
                 for m in [1, 3, 5, 9, 33] {
+                    let add = noise(m * n, 12);
                     for left in Left::all(m, k) {
                         let mut first: Option<Vec<u32>> = None;
                         for path in paths() {
@@ -144,7 +146,8 @@ fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
                                 let mut digits = Digits::default();
                                 digits.cut(pool, Isa::detect(), left.side(), (m, k), group);
                                 let mut out = vec![f32::NAN; m * n];
-                                let mut parts = [Part { w: &tiles, bias: None, add: None, out: &mut out }];
+                                let (bias, add) = (Some(&bias[..]), Some(&add[..]));
+                                let mut parts = [Part { w: &tiles, bias, add, out: &mut out }];
                                 product(pool, path, &digits, &mut parts, &Scratch::new());
                                 let what = format!(
                                     "[{m}, {k}] x {n}, {b} bits by {group}, kind {kind}, {}",
@@ -160,6 +163,10 @@ fn every_path_gives_the_same_bits_and_the_sums_are_exact() {
                         for (at, y) in out.iter().enumerate() {
                             let (r, c) = (at / n, at % n);
                             let (mut want, mut size) = (0.0f64, 0.0f64);
+                            for also in [bias[c], add[at]].map(f64::from) {
+                                want += also;
+                                size += also.abs();
+                            }
                             for i in 0..k {
                                 let (s, q) = weight.at(c, i);
                                 let term = left.at(r, i, k) * s * q as f64;
