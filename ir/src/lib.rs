@@ -46,4 +46,4 @@ pub use rope::{RopeAttr, RopeScaling};
 pub use tensor::{Data, Tensor};
 pub use types::{Dim, DimEnv, Elem, Shape, Sym, TensorType};
 pub use verify::{Verified, verify};
-pub use weight::{RawWeight, WeightError, WeightSource};
+pub use weight::{NoWeights, RawWeight, WeightError, WeightSource};

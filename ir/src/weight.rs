@@ -69,3 +69,13 @@ pub trait WeightSource: Send + Sync {
         .map_err(|why| WeightError::new(name, why))
     }
 }
+
+/// The source of what has no weights: a step on its own, whose constants are operands.
+#[derive(Clone, Copy, Debug)]
+pub struct NoWeights;
+
+impl WeightSource for NoWeights {
+    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
+        Err(WeightError::new(name, "there are no weights here"))
+    }
+}

@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use qrmc_ir::{
-    Data, Dim, EngineError, Module, RawWeight, Tensor, TensorType, WeightDecl, WeightError, WeightSource,
-    interp, structural_hash,
+    Data, Dim, EngineError, Module, NoWeights, Tensor, TensorType, WeightDecl, WeightSource, interp,
+    structural_hash,
 };
 use qrmc_lowering::{Kernel, Step};
 
@@ -88,14 +88,6 @@ impl Watch for Comparing<'_> {
 
     fn see(&mut self, step: &Step, ins: &[Tensor], outs: &[Tensor]) -> Result<(), EngineError> {
         self.parity.compare(self.module, step, ins, outs)
-    }
-}
-
-struct NoWeights;
-
-impl WeightSource for NoWeights {
-    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
-        Err(WeightError::new(name, "a step has operands, no weights"))
     }
 }
 

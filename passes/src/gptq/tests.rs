@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use qrmc_ir::grid::{QParam, dequantize, qparam, quantize};
 use qrmc_ir::{
-    Engine, EngineError, Func, Grain, Module, Prepared, QuantSpec, RawWeight, Rule, Tensor, WeightError,
-    WeightSource, interp, linalg,
+    Engine, EngineError, Func, Grain, Module, NoWeights, Prepared, QuantSpec, Rule, Tensor, WeightSource,
+    interp, linalg,
 };
 
 use super::GptqOptions;
@@ -15,14 +15,6 @@ use super::round::{Job, Rounded, Shared};
 use crate::calibrate::NoStore;
 use crate::pass::{LayerLoss, PassCx, Report};
 use crate::unit::Unit;
-
-struct NoWeights;
-
-impl WeightSource for NoWeights {
-    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
-        Err(WeightError::new(name, "there are none"))
-    }
-}
 
 /// The reference interpreter as an engine.
 struct Interpreter;

@@ -1,20 +1,11 @@
 //! Every rule against central differences, in `f64`-accurate evaluation by the interpreter on smooth data.
 
 use qrmc_ir::{
-    AttnAttr, BinaryOp, Builder, Dim, Elem, Func, Grain, ModelFacts, Module, Op, QuantSpec, RawWeight, Real,
-    ReduceOp, RopeAttr, RopeScaling, Rule, Shape, Sym, Tensor, TensorType, UnaryOp, ValueId, WeightError,
-    WeightSource, interp,
+    AttnAttr, BinaryOp, Builder, Dim, Elem, Func, Grain, ModelFacts, Module, NoWeights, Op, QuantSpec, Real,
+    ReduceOp, RopeAttr, RopeScaling, Rule, Shape, Sym, Tensor, TensorType, UnaryOp, ValueId, interp,
 };
 
 use super::{GradOptions, grad};
-
-struct NoWeights;
-
-impl WeightSource for NoWeights {
-    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
-        Err(WeightError::new(name, "there is none"))
-    }
-}
 
 fn noise(seed: u64, n: usize) -> Vec<f64> {
     let mut s = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;

@@ -18,6 +18,10 @@ pub(crate) enum Layout {
     Natural,
     /// In each full run of 32 the 16 even elements first, then the 16 odd ones: the order in which
     /// the low and high halves of 16 bytes hold codes of four bits. See [`split_pairs`].
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "only AVX-512 has a kernel that reads it")
+    )]
     SplitPairs,
     /// There is no fused kernel: dequantise the row and use [`Row::F32`].
     Unfused,
@@ -36,7 +40,10 @@ pub(crate) fn layout(isa: Isa, row: &Row<'_>, k: usize) -> Layout {
                 Layout::Unfused
             }
         }
-        _ => Layout::Natural,
+        _ => {
+            let _ = k;
+            Layout::Natural
+        }
     }
 }
 
@@ -174,15 +181,15 @@ pub(crate) fn dot_floats<'w, 'x>(
     outs: &mut [&mut [f32]],
     at: usize,
 ) {
-    let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if isa.level() == Level::Avx512 {
-        while count - done >= 4 {
-            let w = [row(done), row(done + 1), row(done + 2), row(done + 3)];
-            for (i, outs) in outs.chunks_mut(4).enumerate() {
-                tile_avx512::tile(isa, w, |r| x(4 * i + r), outs, at + done);
-            }
-            done += 4;
+    let done = if isa.level() == Level::Avx512 { count / 4 * 4 } else { 0 };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
+    #[cfg(target_arch = "x86_64")]
+    for first in (0..done).step_by(4) {
+        let w = [row(first), row(first + 1), row(first + 2), row(first + 3)];
+        for (i, outs) in outs.chunks_mut(4).enumerate() {
+            tile_avx512::tile(isa, w, |r| x(4 * i + r), outs, at + first);
         }
     }
     dot_rows(isa, count - done, |j| Row::F32(row(done + j)), x, outs, at + done);

@@ -24,32 +24,44 @@ impl Isa {
     /// What every machine of the architecture has.
     pub const PORTABLE: Isa = Isa(Level::Portable);
 
+    /// All paths that are compiled in, slowest first.
+    const ALL: &[Isa] = &[
+        Isa::PORTABLE,
+        #[cfg(target_arch = "x86_64")]
+        Isa(Level::Avx2),
+        #[cfg(target_arch = "x86_64")]
+        Isa(Level::Avx512),
+    ];
+
     /// The best of [`Isa::available`].
     pub fn detect() -> Isa {
-        Isa::available().last().copied().unwrap_or(Isa::PORTABLE)
+        Isa::ALL.iter().rfind(|isa| isa.is_there()).copied().unwrap_or(Isa::PORTABLE)
     }
 
     /// All paths that this machine can run, slowest first.
     pub fn available() -> Vec<Isa> {
-        let mut all = vec![Isa::PORTABLE];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c");
-            if avx2 {
-                all.push(Isa(Level::Avx2));
+        Isa::ALL.iter().filter(|isa| isa.is_there()).copied().collect()
+    }
+
+    /// Whether the machine can run this path, which the standard library finds out once.
+    fn is_there(&self) -> bool {
+        match self.0 {
+            Level::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
             }
-            if avx2
-                && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl")
-            {
-                all.push(Isa(Level::Avx512));
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => {
+                Isa(Level::Avx2).is_there()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
             }
         }
-        all
     }
 
     /// Name for reports.
@@ -72,7 +84,7 @@ impl Isa {
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
             Level::Portable => kernel.run::<Plain>(),
-            // SAFETY: an `Isa` of this level exists only where `available` detected its features.
+            // SAFETY: an `Isa` of this level exists only where its features were detected.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { run_avx2(kernel) },
             // SAFETY: as above.

@@ -1,8 +1,6 @@
 //! What the tests of the kernels share.
 
-use qrmc_ir::{
-    Builder, Dim, Elem, Module, Op, RawWeight, Shape, Tensor, TensorType, WeightError, WeightSource,
-};
+use qrmc_ir::{Builder, Dim, Elem, Module, NoWeights, Op, Shape, Tensor, TensorType};
 
 use super::pool::Pool;
 
@@ -41,14 +39,6 @@ pub(crate) fn close(got: &[f32], want: &[f64], tol: f64, what: &str) {
 /// Bits, for exact comparison.
 pub(crate) fn bits(v: &[f32]) -> Vec<u32> {
     v.iter().map(|x| x.to_bits()).collect()
-}
-
-struct NoWeights;
-
-impl WeightSource for NoWeights {
-    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
-        Err(WeightError::new(name, "there are none"))
-    }
 }
 
 /// The results of an operation as the reference interpreter computes them, which expands it. The operands have fixed

@@ -95,7 +95,7 @@ impl Shared<'_> {
     /// These rows of a block are written by one task.
     #[inline(always)]
     unsafe fn put(&self, x: &Digits, block: usize, first: usize, y: &[Sums]) {
-        let (n, at) = (self.w.n, block * LANES);
+        let (n, at) = (self.w.form.n, block * LANES);
         let lanes = LANES.min(n - at);
         let weighted = self.w.weighted(block);
         let mut bias = [0.0; LANES];
@@ -137,8 +137,12 @@ fn put_some(out: &mut [f32], done: impl Fn(usize) -> f32, add: Option<&[f32]>) {
 pub fn product(pool: &Pool, path: IntPath, x: &Digits, parts: &mut [Part<'_>], scratch: &Scratch) {
     let m = x.rows;
     for p in parts.iter() {
-        let n = p.w.n;
-        assert_eq!((x.group, x.groups), (p.w.group, p.w.groups()), "groups of the two sides of a product");
+        let n = p.w.form.n;
+        assert_eq!(
+            (x.group, x.groups),
+            (p.w.form.group, p.w.groups()),
+            "groups of the two sides of a product"
+        );
         assert_eq!(p.out.len(), m * n, "output of a product [{m}, {n}]");
         assert!(p.bias.is_none_or(|b| b.len() == n), "bias of a product [{m}, {n}]");
         assert!(p.add.is_none_or(|a| a.len() == m * n), "what is added to a product [{m}, {n}]");

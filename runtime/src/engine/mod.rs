@@ -93,6 +93,7 @@ enum Factors {
 
 /// An operand `[rows, k]` of a product, row after row or transposed.
 #[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only a matrix unit reads it"))]
 enum Stored<'a> {
     Rows(&'a [f32]),
     Columns(&'a [f32]),

@@ -39,9 +39,9 @@ pub(super) unsafe fn run(
     scratch: &Scratch,
 ) {
     let w = p.w;
-    let each = w.groups() * w.group.div_ceil(PIECE) * TILE;
+    let each = w.groups() * w.form.group.div_ceil(PIECE) * TILE;
     // Whole pieces of bytes are tiles as they are stored.
-    let stored = w.bits == 8 && w.group.is_multiple_of(PIECE);
+    let stored = w.form.bits == 8 && w.form.group.is_multiple_of(PIECE);
     let mut room = scratch.take(if stored { 0 } else { ACROSS * each / 4 + 16 });
     let skip = room.as_ptr().align_offset(64).min(room.len()).min(16);
     let unpacked: &mut [u8] = bytemuck::cast_slice_mut(&mut room[skip..]);
@@ -66,7 +66,7 @@ pub(super) unsafe fn run(
             };
             // SAFETY: promised by the caller.
             unsafe {
-                match (x.count, w.bits, now) {
+                match (x.count, w.form.bits, now) {
                     (1, 8, 1) => multiply::<1, true, 1>(x, p, from, rows, codes),
                     (1, _, 1) => multiply::<1, false, 1>(x, p, from, rows, codes),
                     (1, 8, _) => multiply::<1, true, ACROSS>(x, p, from, rows, codes),
@@ -86,14 +86,14 @@ pub(super) unsafe fn run(
 /// The machine has AVX-512 F and BW.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn unpack_block(w: &Tiles, block: usize, out: &mut [u8]) {
-    let pieces = w.group.div_ceil(PIECE);
+    let pieces = w.form.group.div_ceil(PIECE);
     let mut rest = w.block_codes(block);
     // The four bytes of each row of a line.
     let each = _mm512_set1_epi32(0x0101_0101);
     for (at, out) in out.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
         let (stored, lines, later) = w.next_piece(rest, at % pieces);
         rest = later;
-        let zeros = if w.bits < 8 { w.zeros(block, at / pieces) } else { [0; LANES] };
+        let zeros = if w.form.bits < 8 { w.zeros(block, at / pieces) } else { [0; LANES] };
         // SAFETY: sixteen zero points.
         let zeros = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(zeros.as_ptr().cast()) });
         let zeros = _mm512_mullo_epi32(zeros, each);
@@ -102,14 +102,14 @@ unsafe fn unpack_block(w: &Tiles, block: usize, out: &mut [u8]) {
         let put = |l: usize, codes: __m512i| unsafe {
             _mm512_storeu_si512(to.add(l * LINE).cast(), _mm512_sub_epi8(codes, zeros));
         };
-        match (w.bits, lines == PIECE / 4) {
+        match (w.form.bits, lines == PIECE / 4) {
             // SAFETY: a full piece of this width is stored.
             (3, true) => every_line!(l => put(l, unsafe { line::<3>(p, l) })),
             // SAFETY: as above.
             (4, true) => every_line!(l => put(l, unsafe { line::<4>(p, l) })),
             _ => {
                 let mut codes = [0; TILE];
-                unpack(stored, lines, w.bits, &mut codes);
+                unpack(stored, lines, w.form.bits, &mut codes);
                 for l in 0..PIECE / 4 {
                     // What fills up a piece is 0 on this side.
                     let now = if l < lines {
@@ -141,11 +141,11 @@ unsafe fn multiply<const COUNT: usize, const BYTES: bool, const N: usize>(
     for r in first..first + count {
         // Asks for what is written at the end, so that loads need not wait behind these stores.
         for block in block..block + N {
-            _mm_prefetch::<_MM_HINT_ET0>(p.out.ptr_at(r * w.n + block * LANES).cast());
+            _mm_prefetch::<_MM_HINT_ET0>(p.out.ptr_at(r * w.form.n + block * LANES).cast());
         }
     }
     let each = codes.len() / N;
-    let pieces = w.group.div_ceil(PIECE);
+    let pieces = w.form.group.div_ceil(PIECE);
     let per_block = x.block.div_ceil(PIECE);
     let mut y = [[_mm512_setzero_ps(); ROWS]; N];
     // The unit fills one while the sums of the other are added.
@@ -248,7 +248,7 @@ unsafe fn add<const COUNT: usize, const BYTES: bool>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn put(x: &Digits, p: &Shared<'_>, block: usize, (first, count): (usize, usize), y: &[__m512; ROWS]) {
-    let (n, at) = (p.w.n, block * LANES);
+    let (n, at) = (p.w.form.n, block * LANES);
     let lanes = LANES.min(n - at);
     let mask = ((1u32 << lanes) - 1) as u16;
     // SAFETY: sixteen sums; the lanes of the mask are inside of the bias, and of each row of what is added and written, whose

@@ -41,7 +41,7 @@ unsafe fn rows<const M: usize, const COUNT: usize>(
     first: usize,
     y: &mut [Sums],
 ) {
-    let pieces = w.group.div_ceil(PIECE);
+    let pieces = w.form.group.div_ceil(PIECE);
     let per_block = x.block.div_ceil(PIECE);
     let mut rest = w.block_codes(block);
     for g in 0..w.groups() {
@@ -56,13 +56,13 @@ unsafe fn rows<const M: usize, const COUNT: usize>(
                 });
                 // SAFETY: the left side has four digits for each line; the pieces hold what `next_piece` says.
                 unsafe {
-                    match (w.bits, lines == PIECE / 4) {
+                    match (w.form.bits, lines == PIECE / 4) {
                         (4, true) => full::<M, COUNT, 4>(&mut acc, stored, left),
                         (8, true) => full::<M, COUNT, 8>(&mut acc, stored, left),
                         (3, true) => full::<M, COUNT, 3>(&mut acc, stored, left),
                         _ => {
                             let mut codes = [0; PIECE / 4 * LINE];
-                            unpack(stored, lines, w.bits, &mut codes);
+                            unpack(stored, lines, w.form.bits, &mut codes);
                             for l in 0..lines {
                                 let line = codes.as_ptr().add(l * LINE);
                                 add_line::<M, COUNT, 8>(

@@ -144,6 +144,7 @@ impl Digits {
     }
 
     /// The sums of a digit over the blocks of a row.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn sums(&self, row: usize, d: usize) -> &[i32] {
         let blocks = self.blocks();
@@ -151,6 +152,7 @@ impl Digits {
     }
 
     /// The steps of the blocks of a row, if they have some of their own.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn steps(&self, row: usize) -> &[f32] {
         let blocks = if self.stepped { self.blocks() } else { 0 };
@@ -158,6 +160,7 @@ impl Digits {
     }
 
     /// The sums of one block, for the digits of `rows` rows from `first` on.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn sums_of(&self, first: usize, rows: usize, block: usize) -> OfRows<'_, i32> {
         let blocks = self.blocks();
@@ -166,6 +169,7 @@ impl Digits {
     }
 
     /// The steps of one block, for `rows` rows from `first` on, if blocks have some of their own.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn steps_of(&self, first: usize, rows: usize, block: usize) -> OfRows<'_, f32> {
         let blocks = if self.stepped { self.blocks() } else { 0 };
@@ -192,6 +196,7 @@ impl Digits {
 }
 
 /// What some rows have for each of their blocks, at one block.
+#[cfg(target_arch = "x86_64")]
 pub(super) struct OfRows<'a, T> {
     all: &'a [T],
     block: usize,
@@ -199,6 +204,7 @@ pub(super) struct OfRows<'a, T> {
     count: usize,
 }
 
+#[cfg(target_arch = "x86_64")]
 impl<T: Copy> OfRows<'_, T> {
     /// That of digit `d` of row `r`.
     #[inline(always)]

@@ -9,11 +9,7 @@ use super::{LANES, LINE, PIECE};
 /// A weight `[n, k]` in the order in which the kernels read it. Copies share their memory.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Tiles {
-    pub(super) n: usize,
-    pub(super) k: usize,
-    pub(super) bits: u8,
-    /// Neighbours along a row that share a scale; divides `k`.
-    pub(super) group: usize,
+    pub(super) form: Form,
     /// By block of sixteen rows, group, and piece: see [`Tiles::next_piece`].
     codes: Stored<u8>,
     /// By block, group and row; 0 for rows beyond the last.
@@ -39,8 +35,7 @@ impl Tiles {
         zeros: Zeros,
         weighted: Stored<f32>,
     ) -> Self {
-        let Form { n, k, bits, group, .. } = form;
-        Tiles { n, k, bits, group, codes, scales, zeros, weighted }
+        Tiles { form, codes, scales, zeros, weighted }
     }
 
     /// A weight whose [`Tiles::parts`] lie in shared bytes; `None` if a part has another length than the form needs, lies at
@@ -66,7 +61,7 @@ impl Tiles {
 
     /// Shape, codes, groups and zero points.
     pub fn form(&self) -> Form {
-        Form { n: self.n, k: self.k, bits: self.bits, group: self.group, zero: self.one_zero() }
+        self.form
     }
 
     /// Bytes in memory.
@@ -76,12 +71,12 @@ impl Tiles {
 
     /// Rows and columns of the weight.
     pub fn shape(&self) -> (usize, usize) {
-        (self.n, self.k)
+        (self.form.n, self.form.k)
     }
 
     /// Neighbours along a row that share a scale.
     pub fn group(&self) -> usize {
-        self.group
+        self.form.group
     }
 
     /// Row `row` as floats.
@@ -89,16 +84,21 @@ impl Tiles {
     /// # Panics
     /// If there is no such row, or `out` is not as long as one.
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
-        assert!(row < self.n && out.len() == self.k, "row {row} of {}, {} columns", self.n, out.len());
+        assert!(
+            row < self.form.n && out.len() == self.form.k,
+            "row {row} of {}, {} columns",
+            self.form.n,
+            out.len()
+        );
         let (block, lane) = (row / LANES, row % LANES);
         let mut codes = [0; PIECE / 4 * LINE];
         let mut rest = self.block_codes(block);
-        for (g, out) in out.chunks_exact_mut(self.group).enumerate() {
+        for (g, out) in out.chunks_exact_mut(self.form.group).enumerate() {
             let (scale, zero) = (self.scales(block, g)[lane], f32::from(self.zero(block, g, lane)));
             for (i, out) in out.chunks_mut(PIECE).enumerate() {
                 let (stored, lines, later) = self.next_piece(rest, i);
                 rest = later;
-                unpack(stored, lines, self.bits, &mut codes);
+                unpack(stored, lines, self.form.bits, &mut codes);
                 for (j, o) in out.iter_mut().enumerate() {
                     *o = scale * (f32::from(codes[j / 4 * LINE + 4 * lane + j % 4]) - zero);
                 }
@@ -107,16 +107,16 @@ impl Tiles {
     }
 
     pub(super) fn blocks(&self) -> usize {
-        self.n.div_ceil(LANES)
+        self.form.blocks()
     }
 
     pub(super) fn groups(&self) -> usize {
-        self.k / self.group
+        self.form.groups()
     }
 
     /// Bytes of the codes of sixteen rows.
     pub(super) fn block_bytes(&self) -> usize {
-        self.form().block_bytes()
+        self.form.block_bytes()
     }
 
     /// All pieces of a block, one after another.
@@ -127,6 +127,7 @@ impl Tiles {
     }
 
     /// All pieces of some blocks, one block after another.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn codes(&self, blocks: std::ops::Range<usize>) -> &[u8] {
         let each = self.block_bytes();
         &self.codes[blocks.start * each..blocks.end * each]
@@ -139,8 +140,8 @@ impl Tiles {
     /// bits keeps the lines `s`, `s + t`, `s + 2 t`, … in the bits `0..p`, `p..2 p`, … of its line `s < t`.
     #[inline(always)]
     pub(super) fn next_piece<'a>(&self, rest: &'a [u8], i: usize) -> (&'a [u8], usize, &'a [u8]) {
-        let lines = (self.group - i * PIECE).min(PIECE).div_ceil(4);
-        let (now, later) = rest.split_at(piece_bytes(lines, self.bits));
+        let lines = (self.form.group - i * PIECE).min(PIECE).div_ceil(4);
+        let (now, later) = rest.split_at(piece_bytes(lines, self.form.bits));
         (now, lines, later)
     }
 
@@ -157,12 +158,6 @@ impl Tiles {
             Zeros::All(z) => *z,
             Zeros::Each(all) => all[(block * self.groups() + group) * LANES + lane],
         }
-    }
-
-    /// The zero point of all rows and groups, if they have one.
-    #[inline(always)]
-    pub(super) fn one_zero(&self) -> Option<u8> {
-        if let Zeros::All(z) = self.zeros { Some(z) } else { None }
     }
 
     /// Zero points of the rows of a block.
@@ -187,6 +182,7 @@ impl Tiles {
 
 /// An expression for each line of a full piece, with its number as a constant: what depends on the number is known when this
 /// is compiled.
+#[cfg(target_arch = "x86_64")]
 macro_rules! every_line {
     ($l:ident => $do:expr) => {
         every_line!(@ $l => $do; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
@@ -198,6 +194,7 @@ macro_rules! every_line {
         })*}
     };
 }
+#[cfg(target_arch = "x86_64")]
 pub(super) use every_line;
 
 /// The lines of a piece, a code a byte.

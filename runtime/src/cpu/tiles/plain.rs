@@ -31,7 +31,7 @@ impl Kernel for Plain<'_> {
 fn sums<const COUNT: usize>(p: Plain<'_>) {
     let Plain { x, w, block, first, y } = p;
     let mut codes = [0u8; PIECE / 4 * LINE];
-    let pieces = w.group.div_ceil(PIECE);
+    let pieces = w.form.group.div_ceil(PIECE);
     let per_block = x.block.div_ceil(PIECE);
     let mut rest = w.block_codes(block);
     for g in 0..w.groups() {
@@ -40,7 +40,7 @@ fn sums<const COUNT: usize>(p: Plain<'_>) {
             for i in b * per_block..pieces.min((b + 1) * per_block) {
                 let (stored, lines, later) = w.next_piece(rest, i);
                 rest = later;
-                unpack(stored, lines, w.bits, &mut codes);
+                unpack(stored, lines, w.form.bits, &mut codes);
                 let at = g * x.padded_group() + i * PIECE;
                 for (r, acc) in acc.iter_mut().enumerate().take(y.len()) {
                     for (d, acc) in acc.iter_mut().enumerate() {

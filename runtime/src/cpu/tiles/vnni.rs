@@ -48,7 +48,7 @@ unsafe fn by_width<const M: usize, const COUNT: usize, const U: usize>(
 ) {
     // SAFETY: as promised by the caller.
     unsafe {
-        match w.bits {
+        match w.form.bits {
             3 => rows::<M, COUNT, U, 3>(x, w, block, first, y),
             4 => rows::<M, COUNT, U, 4>(x, w, block, first, y),
             8 => rows::<M, COUNT, U, 8>(x, w, block, first, y),
@@ -74,14 +74,14 @@ unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u
     let sums: [[&[i32]; COUNT]; M] = std::array::from_fn(|r| std::array::from_fn(|d| x.sums(first + r, d)));
     let steps: [&[f32]; M] = std::array::from_fn(|r| x.steps(first + r));
     let mut out = [_mm512_setzero_ps(); M];
-    let pieces = w.group.div_ceil(PIECE);
+    let pieces = w.form.group.div_ceil(PIECE);
     let per_block = x.block.div_ceil(PIECE);
     let mut stored = w.block_codes(block);
     let mut n = 0;
     for g in 0..w.groups() {
         // SAFETY: sixteen scales.
         let scales = unsafe { _mm512_loadu_ps(w.scales(block, g).as_ptr()) };
-        let zeros = match w.one_zero() {
+        let zeros = match w.form.zero {
             Some(z) => _mm512_set1_epi32(i32::from(z)),
             // SAFETY: sixteen zero points.
             None => _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(w.zeros(block, g).as_ptr().cast()) }),
@@ -101,7 +101,7 @@ unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u
                     every_line!(l => unsafe { add_line(&mut acc, l, line::<BITS>(p, l), left) });
                 } else {
                     let mut codes = [0; PIECE / 4 * LINE];
-                    unpack(now, lines, w.bits, &mut codes);
+                    unpack(now, lines, w.form.bits, &mut codes);
                     for l in 0..lines {
                         // SAFETY: the buffer holds this line, and the left side has four digits for each line.
                         unsafe { add_line(&mut acc, l, load(codes.as_ptr().add(l * LINE)), left) };
@@ -112,7 +112,7 @@ unsafe fn rows<const M: usize, const COUNT: usize, const U: usize, const BITS: u
                 let part = |d: usize| {
                     let sum = acc[d].iter().fold(_mm512_setzero_si512(), |s, a| _mm512_add_epi32(s, *a));
                     let all = sums[r][d][n];
-                    let taken = match w.one_zero() {
+                    let taken = match w.form.zero {
                         Some(z) => _mm512_set1_epi32(all.wrapping_mul(i32::from(z))),
                         None => _mm512_mullo_epi32(zeros, _mm512_set1_epi32(all)),
                     };
