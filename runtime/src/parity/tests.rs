@@ -2,7 +2,7 @@ use std::collections::HashMap;
 
 use proptest::prelude::*;
 use qrmc_ir::pack::pack;
-use qrmc_ir::{Builder, Dim, Elem, Func, Grain, Op, QuantSpec, Rule, TensorType};
+use qrmc_ir::{Builder, Dim, Elem, Func, Grain, Op, QuantSpec, RawWeight, Rule, TensorType, WeightError};
 
 use super::*;
 use crate::cpu::testing::noise;
