@@ -3,7 +3,8 @@
 use std::collections::HashSet;
 
 use qrmc_ir::{
-    Data, Dim, EngineError, Module, NoWeights, Tensor, TensorType, WeightDecl, interp, structural_hash,
+    Data, Dim, EngineError, Module, NoWeights, Tensor, TensorType, WeightDecl, WeightSource, interp,
+    structural_hash,
 };
 use qrmc_lowering::{Kernel, Step};
 
