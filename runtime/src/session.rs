@@ -148,8 +148,7 @@ impl Session {
         let pos = Tensor::i32([all], segments.new_positions().collect());
         let mut x = self.embed.run(&[&ids])?.remove(0);
         for (layer, (k, v)) in self.layers.iter().zip(stores) {
-            let caches = [Input::Cache(k, &segments), Input::Cache(v, &segments)];
-            let [k, v] = caches;
+            let (k, v) = (Input::Cache(k, &segments), Input::Cache(v, &segments));
             x = layer.run_inputs(&mut [Input::Tensor(&x), Input::Tensor(&pos), k, v])?.remove(0);
         }
         Ok(x)

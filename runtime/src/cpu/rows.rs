@@ -26,6 +26,16 @@ enum Shared<'a> {
 }
 
 impl SliceMut<'_> {
+    /// The same elements, lent on.
+    pub fn again(&mut self) -> SliceMut<'_> {
+        match self {
+            SliceMut::F32(x) => SliceMut::F32(x),
+            SliceMut::I32(x) => SliceMut::I32(x),
+            SliceMut::I8(x) => SliceMut::I8(x),
+            SliceMut::U8(x) => SliceMut::U8(x),
+        }
+    }
+
     /// Elements.
     pub fn len(&self) -> usize {
         match self {

@@ -112,7 +112,9 @@ impl Shared<'_> {
             match (out.as_mut_array::<LANES>(), self.add) {
                 (Some(out), None) => *out = std::array::from_fn(done),
                 (Some(out), Some(add)) => {
-                    let add: &[f32; LANES] = add[at..at + LANES].as_array().unwrap_or(&[0.0; LANES]);
+                    let add = add[at..]
+                        .first_chunk::<LANES>()
+                        .unwrap_or_else(|| unreachable!("as long as the output"));
                     *out = std::array::from_fn(|lane| done(lane) + add[lane]);
                 }
                 (None, add) => put_some(out, done, add.map(|add| &add[at..])),
@@ -130,7 +132,7 @@ fn put_some(out: &mut [f32], done: impl Fn(usize) -> f32, add: Option<&[f32]>) {
     }
 }
 
-/// `out[m, n] = x Wᵀ`, and a bias, for `x[m, k]` and each of some weights `W[n, k]`.
+/// `out[m, n] = x Wᵀ`, with what is added to it, for `x[m, k]` and each of some weights `W[n, k]`.
 ///
 /// # Panics
 /// If `x` was cut for other groups, or a length does not fit.

@@ -88,6 +88,11 @@ impl<'a> In<'a> {
     }
 }
 
+/// The sizes of a value under given values of the symbols.
+pub(super) fn sizes(ty: &TensorType, dims: &DimEnv) -> Sizes {
+    ty.shape.0.iter().map(|&d| dims.size(d)).collect()
+}
+
 pub(super) fn wrong_kind() -> EngineError {
     EngineError::System("an operand has another storage than its kernel reads".into())
 }
@@ -201,7 +206,7 @@ pub(super) struct State<'a, 'i> {
 
 impl<'a> State<'a, '_> {
     fn sizes(&self, ty: &TensorType) -> Sizes {
-        ty.shape.0.iter().map(|&d| self.dims.size(d)).collect()
+        sizes(ty, &self.dims)
     }
 
     pub(super) fn operand(&self, arg: Arg, ty: &TensorType) -> Result<In<'_>, EngineError> {

@@ -6,7 +6,7 @@ use qrmc_ir::{Dim, DimEnv, Elem, EngineError, Sym, Tensor, TensorType};
 use qrmc_lowering::{Arg, Kernel, RowStep, Step, host_elem};
 use smallvec::SmallVec;
 
-use super::exec::{In, Sizes, Slice, SliceMut, State, Watch, dispatch, slice, slice_mut, wrong_kind};
+use super::exec::{In, Slice, SliceMut, State, Watch, dispatch, sizes, slice, slice_mut, wrong_kind};
 use super::memory::empty;
 use super::{Machine, prims::Out};
 use crate::cpu::ScratchBuf;
@@ -52,10 +52,7 @@ impl Made<'_> {
 
     fn slice_mut(&mut self) -> Result<SliceMut<'_>, EngineError> {
         Ok(match self {
-            Made::Result(SliceMut::F32(x)) => SliceMut::F32(x),
-            Made::Result(SliceMut::I32(x)) => SliceMut::I32(x),
-            Made::Result(SliceMut::I8(x)) => SliceMut::I8(x),
-            Made::Result(SliceMut::U8(x)) => SliceMut::U8(x),
+            Made::Result(x) => x.again(),
             Made::Inner(x) => SliceMut::F32(x),
             Made::Out => return Err(wrong_kind()),
         })
@@ -109,11 +106,7 @@ pub(super) fn run(
                             Some(at) => made[at].slice()?,
                             None => part(ins[*v].data()?, lies[*v], (first, count), dims.seq)?,
                         };
-                        let shape = match v.checked_sub(ins.len()) {
-                            None if matches!(lies[*v], Lie::All) => ins[*v].shape.clone(),
-                            _ => sizes(ty, &few),
-                        };
-                        args.push(In { shape, data });
+                        args.push(In { shape: sizes(ty, &few), data });
                     }
                     let mut outs: SmallVec<[Out<'_>; 4]> = SmallVec::new();
                     for (v, ty) in taken.iter_mut().zip(&step.outs) {
@@ -134,10 +127,6 @@ pub(super) fn run(
         }
     });
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
-}
-
-fn sizes(ty: &TensorType, dims: &DimEnv) -> Sizes {
-    ty.shape.0.iter().map(|&d| dims.size(d)).collect()
 }
 
 fn lie(ty: &TensorType, x: &In<'_>, rows: usize) -> Lie {

@@ -122,12 +122,12 @@ impl Tiles {
     /// All pieces of a block, one after another.
     #[inline(always)]
     pub(super) fn block_codes(&self, block: usize) -> &[u8] {
-        let each = self.block_bytes();
-        &self.codes[block * each..(block + 1) * each]
+        self.codes(block..block + 1)
     }
 
     /// All pieces of some blocks, one block after another.
     #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
     pub(super) fn codes(&self, blocks: std::ops::Range<usize>) -> &[u8] {
         let each = self.block_bytes();
         &self.codes[blocks.start * each..blocks.end * each]
