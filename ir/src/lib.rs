@@ -26,6 +26,7 @@ mod tensor;
 mod types;
 mod verify;
 mod weight;
+pub mod words;
 
 pub use attr::{Attr, Real};
 pub use build::{Builder, prune};
