@@ -23,6 +23,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Quantize a model: import, run passes, write an artefact
     Compile(CompileArgs),
+    /// Write an artefact as another runtime loads it, with the same integers
+    Export(ExportArgs),
     /// Run passes on a graph in text form, or on a model's graph, and print the result
     Opt(OptArgs),
     /// Say what a model, an artefact or a graph is
@@ -155,6 +157,29 @@ pub(crate) struct OptArgs {
     /// Seed of weights and tokens of the check
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ExportArgs {
+    /// An artefact, or a model
+    pub(crate) model: PathBuf,
+    /// awq, gptq, gptq-v2, compressed-tensors or fake
+    #[arg(long, value_name = "NAME")]
+    pub(crate) format: String,
+    /// Output folder [default: MODEL-FORMAT in the current folder]
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Round what the format cannot hold exactly, and say what is lost
+    #[arg(long)]
+    pub(crate) requantize: bool,
+    /// Largest size of a file of weights
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "5G")]
+    pub(crate) shard_size: u64,
+    /// What `qrmc eval --json` has printed, for the model card; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub(crate) evaluation: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
 }

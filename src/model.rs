@@ -44,6 +44,9 @@ impl WeightSource for Weights {
     fn shared(&self, name: &str) -> Result<Option<bytes::Bytes>, qrmc_ir::WeightError> {
         self.0.shared(name)
     }
+    fn release(&self, name: &str) {
+        self.0.release(name);
+    }
     fn read(&self, name: &str) -> Result<qrmc_ir::Tensor, qrmc_ir::WeightError> {
         self.0.read(name)
     }
@@ -60,28 +63,45 @@ pub(crate) fn locate(given: Option<&Path>) -> Result<PathBuf, Failure> {
     }
 }
 
+/// What an artefact is opened for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// All of it is checked now.
+    Look,
+    /// What is in a good layout file is not read.
+    Run,
+    /// Each tensor is read once, and checked then.
+    Pass,
+}
+
 /// Opens a model. The hashes of all tensors of an artefact are checked on the engine's threads.
 pub(crate) fn open(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
-    open_with(path, engine, false)
+    open_for(path, engine, Purpose::Look)
 }
 
 /// As [`open`], to be run: tensors of an artefact whose layouts are in a good layout file are not read.
 pub(crate) fn open_to_run(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
-    open_with(path, engine, true)
+    open_for(path, engine, Purpose::Run)
 }
 
-fn open_with(path: &Path, engine: &CpuEngine, run: bool) -> Result<Model, Failure> {
+/// As [`open`], to be read from one end to the other: each tensor's hash is checked when it is first read.
+pub(crate) fn open_to_pass(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
+    open_for(path, engine, Purpose::Pass)
+}
+
+fn open_for(path: &Path, engine: &CpuEngine, purpose: Purpose) -> Result<Model, Failure> {
     if is_artefact(path) {
         let spread = |n: usize, check: &Check<'_>| {
             engine.with_machine(|pool, _| pool.map(n, check)).into_iter().collect::<Result<(), _>>()
         };
         let a = Artefact::map(path)?;
-        let layouts = if run {
+        let layouts = if purpose == Purpose::Run {
             Some(Session::layouts(engine, &a.module, path, &|n| a.manifest.identity(n))?)
         } else {
             None
         };
-        a.check(&spread, |name| layouts.as_ref().is_none_or(|l| !l.covers(name)))?;
+        let now = |name: &str| purpose != Purpose::Pass && layouts.as_ref().is_none_or(|l| !l.covers(name));
+        a.check(&spread, now)?;
         let names = a.manifest.files.keys().filter(|n| !["model.qir", "recipe.yaml"].contains(&n.as_str()));
         let files = names.filter_map(|n| Some(SideFile { name: n.clone(), bytes: a.file(n)? })).collect();
         let (module, manifest) = (a.module.clone(), a.manifest.clone());

@@ -3,10 +3,11 @@
 //! Names of values are part of the contract with passes; `docs/ir.md` lists them.
 
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use qrmc_ir::{
-    AttnAttr, BinaryOp, Builder, Diag, Dim, Elem, Func, Module, Op, Real, Shape, Sym, TensorType, ValueId,
+    AttnAttr, BinaryOp, Builder, Diag, Dim, Elem, Func, Module, NoWeights, Op, RawWeight, Real, Shape, Sym, TensorType,
+    ValueId, WeightError, WeightSource,
 };
 
 use crate::arch::DecoderConfig;
@@ -69,6 +70,26 @@ fn expected(c: &DecoderConfig) -> Vec<(String, Vec<u64>)> {
         v.push(("lm_head.weight".to_owned(), vec![f.vocab, h]));
     }
     v
+}
+
+/// The tensors of a configuration, without bytes.
+pub(crate) struct Expected<'a>(pub(crate) &'a DecoderConfig);
+
+impl WeightSource for Expected<'_> {
+    fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
+        NoWeights.raw(name)
+    }
+}
+
+impl Checkpoint for Expected<'_> {
+    fn tensors(&self) -> Vec<(String, TensorType)> {
+        let ty = |shape: Vec<u64>| TensorType::new(Elem::F32, shape.into_iter().map(Dim::Fixed).collect::<Vec<_>>());
+        expected(self.0).into_iter().map(|(name, shape)| (name, ty(shape))).collect()
+    }
+
+    fn weight_files(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
 }
 
 fn declare(

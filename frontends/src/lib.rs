@@ -15,6 +15,7 @@ pub use arch::{ARCHS, ArchSpec, DecoderConfig, When, read_config};
 pub use checkpoint::{Checkpoint, Opened, SideFile};
 pub use error::ImportError;
 use qrmc_ir::Module;
+use serde_json::Value;
 
 /// An imported model.
 pub struct Imported {
@@ -45,4 +46,18 @@ pub fn import(path: &Path) -> Result<Imported, ImportError> {
     let config = read_config(path, &source.config)?;
     let module = decoder::build(path, &config, &*source.weights)?;
     Ok(Imported { module, source })
+}
+
+/// The module of the float model that a `config.json` describes, over weights that are nowhere: what a quantized one is
+/// compared with. `path` stands in messages.
+///
+/// # Errors
+/// If the configuration describes no model.
+pub fn outline(path: &Path, config: &Value) -> Result<Module, ImportError> {
+    let mut config = config.clone();
+    if let Some(o) = config.as_object_mut() {
+        o.remove("quantization_config");
+    }
+    let config = read_config(path, &config)?;
+    decoder::build(path, &config, &decoder::Expected(&config))
 }

@@ -54,6 +54,11 @@ pub trait WeightSource: Send + Sync {
         Ok(None)
     }
 
+    /// The caller has done with a weight for now: a source that maps files may give its pages back.
+    fn release(&self, name: &str) {
+        let _ = name;
+    }
+
     /// The weight as a host tensor: floats widened to `f32`, one code an element.
     ///
     /// # Errors

@@ -145,10 +145,9 @@ mod tests {
     #[test]
     fn zero_points_less_one_borrow_from_their_neighbour() {
         // methods.md §10.3.
-        for (zeros, stored, less) in [
-            ([8; 8], 0x8888_8888, 0x7777_7777),
-            ([7, 0, 3, 8, 15, 1, 9, 2], 0x291F_8307, 0x180E_71F6),
-        ] {
+        for (zeros, stored, less) in
+            [([8; 8], 0x8888_8888, 0x7777_7777), ([7, 0, 3, 8, 15, 1, 9, 2], 0x291F_8307, 0x180E_71F6)]
+        {
             let mut words = pack_rows(&zeros, 8, 4);
             assert_eq!(words, [stored]);
             less_one(&mut words, 8, 4);

@@ -16,7 +16,7 @@ mod write;
 pub use manifest::{FORMAT, Manifest, SourceInfo, TensorInfo};
 pub use read::{Artefact, Check, Spread, is_artefact};
 pub(crate) use shards::stored_bytes;
-pub use shards::{ShardWriter, TensorPlan, read_tensors, write_tensors};
+pub use shards::{Dtype, ShardWriter, StoredTensor, TensorPlan, read_tensors, write_tensors};
 pub use write::{ArtefactWriter, Output};
 
 use std::path::{Path, PathBuf};

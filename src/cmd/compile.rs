@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use qrmc_ir::{Hash, Module, WeightSource, print, verify};
+use qrmc_ir::{Hash, Module, NoWeights, WeightSource, print, verify};
 use qrmc_lowering::artefact::{ArtefactWriter, Output, SourceInfo, TensorPlan, is_artefact};
+use qrmc_lowering::export::{self, Format, View};
 use qrmc_lowering::materialize;
 use qrmc_passes::{
     Calibration, Event, Gap, LayerLoss, Manager, PassCx, PassReport, PipelineError, Preserves, Report, Unit,
@@ -91,7 +92,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     let target = args.output.clone().unwrap_or_else(|| settings.default_output(&model));
     let needs = plan::estimate(&model, &settings, &engine)?;
     plan::within(&needs, args.mem)?;
-    let ours: fn(&Path) -> bool = if args.emit == Emit::Fake { emit::is_fake } else { is_artefact };
+    let ours: fn(&Path) -> bool = if args.emit == Emit::Fake { emit::is_export } else { is_artefact };
     let output = Output::prepare(&target, ours)?;
     plan::check_disk(&output.folder(), needs.disk)?;
     let source = model.examine(&engine)?;
@@ -145,22 +146,25 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         written: None,
         parity: None,
     };
-    let mut fake = match args.emit {
+    let view = match args.emit {
         Emit::Packed => None,
-        Emit::Fake => Some(emit::Fake::plan(&plan.module, &model.module)?),
+        Emit::Fake => Some(View::of(&plan.module, &model.module)?),
     };
-    let written = fake.as_ref().map_or_else(|| tensors.clone(), |f| f.tensors.clone());
-    let mut writer = ArtefactWriter::new(&output, written, args.shard_size);
+    let mut fake = match &view {
+        Some(view) => Some(emit::Fake::new(export::Fake.plan(view, &NoWeights)?)),
+        None => None,
+    };
+    let mut writer = match &fake {
+        Some(fake) => ArtefactWriter::stored(&output, fake.tensors(), args.shard_size),
+        None => ArtefactWriter::new(&output, tensors.clone(), args.shard_size),
+    };
     let mut done = 0;
     let mut put = |t: &TensorPlan, bytes: &[u8]| {
         done += 1;
         ui.progress("write", done, tensors.len(), &t.name);
         match &mut fake {
             None => writer.tensor(&t.name, bytes),
-            Some(fake) => match fake.take(t, bytes)? {
-                Some((t, bytes)) => writer.tensor(&t.name, &bytes),
-                None => Ok(()),
-            },
+            Some(fake) => fake.take(t, bytes, &mut writer).map_err(|e| e.at(&target)),
         }
     };
     summary.rounding = plan.run(&engine, &unit.weights, &mut put)?;
@@ -168,7 +172,8 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     if stop.load(Ordering::Relaxed) {
         return Err(Failure::new(INTERRUPTED, "interrupted; run the same command again to go on"));
     }
-    write_files(&mut writer, fake.as_ref(), &model, &plan.module, &recipe)?;
+    let untied = view.as_ref().is_some_and(|v| v.untied);
+    write_files(&mut writer, fake.as_ref().map(|f| (f, untied)), &model, &plan.module, &recipe)?;
     let pipeline = unit.module.history.clone();
     let manifest = finish(writer, args.emit, source, pipeline)?;
     if args.emit == Emit::Packed && settings.check {
@@ -231,7 +236,7 @@ fn source_bytes(model: &Model) -> u64 {
 
 fn write_files(
     writer: &mut ArtefactWriter<'_>,
-    fake: Option<&emit::Fake>,
+    fake: Option<(&emit::Fake<'_>, bool)>,
     model: &Model,
     module: &Module,
     recipe: &str,
@@ -241,8 +246,10 @@ fn write_files(
     }
     writer.file("recipe.yaml", recipe.as_bytes())?;
     for f in &model.files {
-        let config = fake.and_then(|fake| fake.config(f));
-        writer.file(&f.name, config.as_deref().unwrap_or(&f.bytes))?;
+        match fake.filter(|_| f.name == "config.json") {
+            Some((fake, untied)) => writer.file(&f.name, &fake.config(&f.bytes, untied)?)?,
+            None => writer.file(&f.name, &f.bytes)?,
+        }
     }
     Ok(())
 }

@@ -1,11 +1,13 @@
 //! One file a command.
 
 mod bench;
+mod card;
 mod check;
 mod compile;
 mod diff;
 mod emit;
 mod eval;
+mod export;
 mod generate;
 mod inspect;
 mod opt;
@@ -24,6 +26,7 @@ use crate::ui::Ui;
 pub(crate) fn run(cli: Cli, ui: &Ui) -> Result<(), Failure> {
     match cli.command {
         Command::Compile(args) => compile::run(&args, ui),
+        Command::Export(args) => export::run(&args, ui),
         Command::Check(args) => check::run(&args, ui),
         Command::Bench(args) => bench::run(&args, ui),
         Command::Plan(args) => plan::run(&args, ui),

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
@@ -36,7 +37,24 @@ pub struct Artefact {
     /// The graph.
     pub module: Module,
     tensors: HashMap<String, Stored>,
-    maps: Vec<Bytes>,
+    shards: Vec<Shard>,
+}
+
+/// A mapped file of tensors.
+#[derive(Debug)]
+struct Shard {
+    map: Arc<Mmap>,
+    /// The same memory, to be lent on.
+    bytes: Bytes,
+}
+
+/// Lets a shared map stand where owned bytes are wanted.
+struct Mapped(Arc<Mmap>);
+
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 #[derive(Debug)]
@@ -99,7 +117,7 @@ impl Artefact {
             return Err(ArtefactError::new(&qir, faults[0].to_string()));
         }
         let mut a =
-            Artefact { path: path.to_owned(), manifest, module, tensors: HashMap::new(), maps: Vec::new() };
+            Artefact { path: path.to_owned(), manifest, module, tensors: HashMap::new(), shards: Vec::new() };
         a.map_tensors()?;
         a.check_declared()?;
         Ok(a)
@@ -121,7 +139,7 @@ impl Artefact {
             return Ok(());
         }
         let info = &self.manifest.tensors[name];
-        if blake3::hash(&self.maps[s.map][s.from..s.to]).to_hex().as_str() != info.hash {
+        if blake3::hash(&self.shards[s.map].bytes[s.from..s.to]).to_hex().as_str() != info.hash {
             return Err(altered(&self.path.join(&info.file), &format!("tensor `{name}`")));
         }
         s.checked.store(true, Ordering::Release);
@@ -145,11 +163,11 @@ impl Artefact {
         for (i, file) in files.iter().enumerate() {
             plain_name(&self.path, file)?;
             let path = self.path.join(file);
-            let map = map_file(&path)?;
-            for (name, from, to) in entries(&path, &map)? {
+            let shard = map_file(&path)?;
+            for (name, from, to) in entries(&path, &shard.bytes)? {
                 found.insert(name, (i, from, to));
             }
-            self.maps.push(map);
+            self.shards.push(shard);
         }
         for (name, info) in &self.manifest.tensors {
             let path = self.path.join(&info.file);
@@ -196,12 +214,18 @@ impl Artefact {
 impl WeightSource for Artefact {
     fn raw(&self, name: &str) -> Result<RawWeight<'_>, WeightError> {
         let s = self.tensor(name)?;
-        Ok(RawWeight { ty: s.ty.clone(), bytes: (&self.maps[s.map][s.from..s.to]).into() })
+        Ok(RawWeight { ty: s.ty.clone(), bytes: (&self.shards[s.map].bytes[s.from..s.to]).into() })
     }
 
     fn shared(&self, name: &str) -> Result<Option<Bytes>, WeightError> {
         let s = self.tensor(name)?;
-        Ok(Some(self.maps[s.map].slice(s.from..s.to)))
+        Ok(Some(self.shards[s.map].bytes.slice(s.from..s.to)))
+    }
+
+    fn release(&self, name: &str) {
+        if let Some(s) = self.tensors.get(name) {
+            self.shards[s.map].release(s.from, s.to);
+        }
     }
 }
 
@@ -234,12 +258,31 @@ fn altered(path: &Path, what: &str) -> ArtefactError {
 }
 
 #[allow(unsafe_code, reason = "files are mapped, not copied")]
-fn map_file(path: &Path) -> Result<Bytes, ArtefactError> {
+fn map_file(path: &Path) -> Result<Shard, ArtefactError> {
     let file = File::open(path).map_err(|e| missing(path, &e))?;
     // SAFETY: the map is only read, and every byte is checked against the manifest's hash before it is used. A file
     // that another process shortens meanwhile ends the process with a signal, as documented in docs/artefact.md.
     let map = unsafe { Mmap::map(&file) };
-    map.map(Bytes::from_owner).map_err(|e| ArtefactError::io(path, "map", &e))
+    let map = Arc::new(map.map_err(|e| ArtefactError::io(path, "map", &e))?);
+    let bytes = Bytes::from_owner(Mapped(map.clone()));
+    Ok(Shard { map, bytes })
+}
+
+impl Shard {
+    /// Gives back the pages that hold some bytes; they are read again from the file when they are next looked at.
+    #[cfg(unix)]
+    #[allow(unsafe_code, reason = "advice on mapped pages")]
+    fn release(&self, from: usize, to: usize) {
+        use memmap2::UncheckedAdvice;
+        // SAFETY: the map is of a file and never written, so that a page that is dropped and read again holds what it
+        // held: nothing that anybody sees through `bytes` changes.
+        let done = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, from, to - from) };
+        // Advice that is not taken costs memory, nothing else.
+        let _ = done;
+    }
+
+    #[cfg(not(unix))]
+    fn release(&self, _: usize, _: usize) {}
 }
 
 /// Names and byte ranges of a safetensors file.

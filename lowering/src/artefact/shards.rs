@@ -27,41 +27,93 @@ impl TensorPlan {
         self.ty.bytes().unwrap_or(0) as u64
     }
 
-    /// The type and shape that a safetensors header gives it: codes are rows of bytes.
-    fn stored(&self) -> (&'static str, Vec<usize>) {
+    /// What a safetensors file says of it: codes are rows of bytes.
+    pub fn stored(&self) -> StoredTensor {
         let mut shape = self.ty.shape.as_fixed().unwrap_or_default();
         let dtype = match self.ty.elem {
-            Elem::F32 => "F32",
-            Elem::F16 => "F16",
-            Elem::BF16 => "BF16",
-            Elem::F64 => "F64",
-            Elem::I32 => "I32",
-            Elem::I8 => "I8",
-            Elem::U8 => "U8",
+            Elem::F32 => Dtype::F32,
+            Elem::F16 => Dtype::F16,
+            Elem::BF16 => Dtype::BF16,
+            Elem::F64 => Dtype::F64,
+            Elem::I32 => Dtype::I32,
+            Elem::I8 => Dtype::I8,
+            Elem::U8 => Dtype::U8,
             Elem::Quant(_) => {
                 if let Some(last) = shape.last_mut() {
                     *last = self.ty.elem.row_bytes(*last);
                 }
-                "U8"
+                Dtype::U8
             }
         };
-        (dtype, shape)
+        StoredTensor { name: self.name.clone(), dtype, shape }
+    }
+}
+
+/// An element type of safetensors files.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs, reason = "the format's own names")]
+pub enum Dtype {
+    F64,
+    F32,
+    F16,
+    BF16,
+    I64,
+    I32,
+    I8,
+    U8,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Dtype::F64 | Dtype::I64 => 8,
+            Dtype::F32 | Dtype::I32 => 4,
+            Dtype::F16 | Dtype::BF16 => 2,
+            Dtype::I8 | Dtype::U8 => 1,
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
+}
+
+/// A tensor as a safetensors file describes it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct StoredTensor {
+    /// Name.
+    pub name: String,
+    /// Type of its elements.
+    pub dtype: Dtype,
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+}
+
+impl StoredTensor {
+    /// Bytes in the file.
+    pub fn bytes(&self) -> u64 {
+        self.shape.iter().map(|&n| n as u64).product::<u64>() * self.dtype.bytes() as u64
     }
 }
 
 /// Writes planned tensors, in order, into numbered shards of a folder.
 pub struct ShardWriter {
     folder: PathBuf,
-    shards: Vec<Vec<TensorPlan>>,
+    shards: Vec<Vec<StoredTensor>>,
     shard: usize,
     next: usize,
     out: Option<BufWriter<File>>,
+    /// Bytes that the tensor in the making still wants.
+    open: Option<u64>,
 }
 
 impl ShardWriter {
     /// Divides the tensors into shards of at most `shard_bytes`; one that is larger stands alone.
-    pub fn new(folder: &Path, plan: Vec<TensorPlan>, shard_bytes: u64) -> Self {
-        let mut shards: Vec<Vec<TensorPlan>> = vec![Vec::new()];
+    pub fn new(folder: &Path, plan: Vec<StoredTensor>, shard_bytes: u64) -> Self {
+        let mut shards: Vec<Vec<StoredTensor>> = vec![Vec::new()];
         let mut size = 0u64;
         for t in plan {
             let bytes = t.bytes();
@@ -74,7 +126,7 @@ impl ShardWriter {
             }
             size += bytes;
         }
-        ShardWriter { folder: folder.to_owned(), shards, shard: 0, next: 0, out: None }
+        ShardWriter { folder: folder.to_owned(), shards, shard: 0, next: 0, out: None, open: None }
     }
 
     /// Number of shards.
@@ -95,6 +147,17 @@ impl ShardWriter {
     /// # Errors
     /// If the name or the length is not the planned one, or the file cannot be written.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<String, ArtefactError> {
+        let file = self.begin(name)?;
+        self.put(bytes)?;
+        self.end()?;
+        Ok(file)
+    }
+
+    /// Begins the next planned tensor, whose bytes come by [`ShardWriter::put`]; gives the name of its file.
+    ///
+    /// # Errors
+    /// If another tensor is planned, or the file cannot be written.
+    pub fn begin(&mut self, name: &str) -> Result<String, ArtefactError> {
         while self.shards.get(self.shard).is_some_and(|s| self.next == s.len()) {
             self.close()?;
             self.shard += 1;
@@ -103,25 +166,54 @@ impl ShardWriter {
         let file = self.file_name(self.shard);
         let path = self.folder.join(&file);
         let planned = self.shards.get(self.shard).and_then(|s| s.get(self.next));
-        if planned.is_none_or(|p| p.name != name || p.bytes() != bytes.len() as u64) {
-            let want =
-                planned.map_or("nothing".to_owned(), |p| format!("`{}` of {} bytes", p.name, p.bytes()));
-            let what = format!("`{name}` of {} bytes stands where {want} was planned", bytes.len());
-            return Err(ArtefactError::new(&path, what));
-        }
-        let out = match &mut self.out {
-            Some(out) => out,
-            None => {
-                let f = File::create(&path).map_err(|e| ArtefactError::io(&path, "create", &e))?;
-                let mut out = BufWriter::with_capacity(1 << 20, f);
-                out.write_all(&header(&self.shards[self.shard]))
-                    .map_err(|e| ArtefactError::io(&path, "write", &e))?;
-                self.out.insert(out)
-            }
+        let Some(planned) = planned.filter(|p| p.name == name && self.open.is_none()) else {
+            let want = planned.map_or("nothing".to_owned(), |p| format!("`{}`", p.name));
+            return Err(ArtefactError::new(&path, format!("`{name}` stands where {want} was planned")));
         };
-        out.write_all(bytes).map_err(|e| ArtefactError::io(&path, "write", &e))?;
-        self.next += 1;
+        self.open = Some(planned.bytes());
+        if self.out.is_none() {
+            let f = File::create(&path).map_err(|e| ArtefactError::io(&path, "create", &e))?;
+            let mut out = BufWriter::with_capacity(1 << 20, f);
+            out.write_all(&header(&self.shards[self.shard]))
+                .map_err(|e| ArtefactError::io(&path, "write", &e))?;
+            self.out = Some(out);
+        }
         Ok(file)
+    }
+
+    /// Writes the next bytes of the tensor that was begun.
+    ///
+    /// # Errors
+    /// If they are more than were planned, or the file cannot be written.
+    pub fn put(&mut self, bytes: &[u8]) -> Result<(), ArtefactError> {
+        let path = self.folder.join(self.file_name(self.shard));
+        let (Some(open), Some(out)) = (&mut self.open, &mut self.out) else {
+            return Err(ArtefactError::new(&path, "bytes of no tensor"));
+        };
+        let Some(rest) = open.checked_sub(bytes.len() as u64) else {
+            let name = &self.shards[self.shard][self.next].name;
+            return Err(ArtefactError::new(&path, format!("`{name}` has more bytes than were planned")));
+        };
+        *open = rest;
+        out.write_all(bytes).map_err(|e| ArtefactError::io(&path, "write", &e))
+    }
+
+    /// Ends the tensor that was begun.
+    ///
+    /// # Errors
+    /// If bytes are missing.
+    pub fn end(&mut self) -> Result<(), ArtefactError> {
+        match self.open.take() {
+            Some(0) => {
+                self.next += 1;
+                Ok(())
+            }
+            left => {
+                let path = self.folder.join(self.file_name(self.shard));
+                let what = format!("{} planned bytes were not written", left.unwrap_or(0));
+                Err(ArtefactError::new(&path, what))
+            }
+        }
     }
 
     fn close(&mut self) -> Result<(), ArtefactError> {
@@ -147,14 +239,14 @@ impl ShardWriter {
     }
 }
 
-fn header(tensors: &[TensorPlan]) -> Vec<u8> {
+fn header(tensors: &[StoredTensor]) -> Vec<u8> {
     let mut map = Map::new();
     map.insert("__metadata__".into(), json!({ "format": "pt" }));
     let mut at = 0u64;
     for t in tensors {
-        let (dtype, shape) = t.stored();
         let end = at + t.bytes();
-        map.insert(t.name.clone(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [at, end] }));
+        let dtype = t.dtype.to_string();
+        map.insert(t.name.clone(), json!({ "dtype": dtype, "shape": t.shape, "data_offsets": [at, end] }));
         at = end;
     }
     let mut text = Value::Object(map).to_string().into_bytes();
@@ -173,14 +265,14 @@ fn header(tensors: &[TensorPlan]) -> Vec<u8> {
 /// # Errors
 /// If the file cannot be written.
 pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), ArtefactError> {
-    let plan: Vec<TensorPlan> =
-        tensors.iter().map(|(name, t)| TensorPlan { name: name.clone(), ty: t.ty() }).collect();
+    let plan: Vec<StoredTensor> =
+        tensors.iter().map(|(name, t)| TensorPlan { name: name.clone(), ty: t.ty() }.stored()).collect();
     let head = header(&plan);
     let io = |e: std::io::Error| ArtefactError::io(path, "write", &e);
     let temporary = path.with_extension("tmp");
     let mut f = File::create(&temporary).map_err(io)?;
     let mut hash = blake3::Hasher::new();
-    hash.update(&(head.len() as u64 + plan.iter().map(TensorPlan::bytes).sum::<u64>()).to_le_bytes());
+    hash.update(&(head.len() as u64 + plan.iter().map(StoredTensor::bytes).sum::<u64>()).to_le_bytes());
     f.write_all(&[0; HASH]).map_err(io)?;
     let mut put = |bytes: &[u8]| {
         hash.update(bytes);
@@ -253,67 +345,4 @@ pub(crate) fn stored_bytes(t: &Tensor, ty: &TensorType) -> Result<Vec<u8>, Strin
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use qrmc_ir::Shape;
-
-    fn plan(name: &str, n: usize) -> TensorPlan {
-        TensorPlan { name: name.into(), ty: TensorType::new(Elem::F32, Shape::fixed(&[n])) }
-    }
-
-    #[test]
-    fn shards_hold_what_was_planned() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut w = ShardWriter::new(dir.path(), vec![plan("a", 2), plan("b", 1), plan("c", 4)], 12);
-        assert_eq!(w.count(), 2);
-        assert_eq!(w.write("a", &[1; 8]).unwrap(), "model-00001-of-00002.safetensors");
-        assert!(w.write("c", &[2; 16]).is_err(), "another tensor was planned");
-        w.write("b", &[2; 4]).unwrap();
-        assert_eq!(w.write("c", &[3; 16]).unwrap(), "model-00002-of-00002.safetensors");
-        w.finish().unwrap();
-        let bytes = std::fs::read(dir.path().join("model-00001-of-00002.safetensors")).unwrap();
-        assert_eq!(bytes[bytes.len() - 12..], [1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]);
-        assert!(bytes.len().is_multiple_of(4) && (bytes.len() - 12).is_multiple_of(8));
-    }
-
-    #[test]
-    fn unwritten_tensors_are_an_error() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut w = ShardWriter::new(dir.path(), vec![plan("a", 1), plan("b", 1)], 100);
-        w.write("a", &[0; 4]).unwrap();
-        assert!(w.finish().is_err());
-    }
-
-    // Every write to /dev/full fails as on a full disk.
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_full_disk_is_told_with_advice() {
-        let dir = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/dev/full", dir.path().join("model.safetensors")).unwrap();
-        let mut w = ShardWriter::new(dir.path(), vec![plan("a", 1 << 20)], 1 << 30);
-        let e = w.write("a", &vec![0; 4 << 20]).and_then(|_| w.finish()).unwrap_err();
-        assert!(
-            e.what.contains("cannot write") && e.hint.as_deref().is_some_and(|h| h.contains("disk is full")),
-            "{e}"
-        );
-    }
-
-    #[test]
-    fn kept_tensors_come_back_or_not_at_all() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.step");
-        let tensors = vec![
-            ("s".to_owned(), Tensor::f32([2], vec![1.5, -2.0])),
-            ("loss".to_owned(), Tensor::new([1], Data::F64(vec![0.1]))),
-        ];
-        write_tensors(&path, &tensors).unwrap();
-        assert_eq!(read_tensors(&path).unwrap(), tensors);
-        let mut bytes = std::fs::read(&path).unwrap();
-        let at = bytes.len() - 1;
-        bytes[at] ^= 1;
-        std::fs::write(&path, &bytes).unwrap();
-        assert_eq!(read_tensors(&path), None);
-        std::fs::write(&path, &bytes[..20]).unwrap();
-        assert_eq!(read_tensors(&path), None);
-    }
-}
+mod tests;

@@ -4,10 +4,8 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use qrmc_ir::TensorType;
-
 use super::manifest::{Manifest, SourceInfo, TensorInfo};
-use super::shards::{ShardWriter, TensorPlan};
+use super::shards::{ShardWriter, StoredTensor, TensorPlan};
 use super::{ArtefactError, FORMAT};
 
 /// A folder in the making. Until [`Output::publish`] the target is untouched.
@@ -118,17 +116,38 @@ impl Output {
 pub struct ArtefactWriter<'a> {
     output: &'a Output,
     shards: ShardWriter,
-    types: BTreeMap<String, TensorType>,
+    types: BTreeMap<String, String>,
     tensors: BTreeMap<String, TensorInfo>,
     files: BTreeMap<String, String>,
+    /// The tensor in the making.
+    open: Option<(String, TensorInfo, blake3::Hasher)>,
 }
 
 impl<'a> ArtefactWriter<'a> {
     /// Plans the tensors, in the order in which they will come.
     pub fn new(output: &'a Output, plan: Vec<TensorPlan>, shard_bytes: u64) -> Self {
-        let types = plan.iter().map(|p| (p.name.clone(), p.ty.clone())).collect();
+        let types = plan.iter().map(|p| (p.name.clone(), p.ty.to_string())).collect();
+        ArtefactWriter::over(output, plan.iter().map(TensorPlan::stored).collect(), types, shard_bytes)
+    }
+
+    /// Plans tensors that have no type of the IR.
+    pub fn stored(output: &'a Output, plan: Vec<StoredTensor>, shard_bytes: u64) -> Self {
+        let ty = |t: &StoredTensor| {
+            let shape: Vec<String> = t.shape.iter().map(ToString::to_string).collect();
+            (t.name.clone(), format!("{}[{}]", t.dtype.to_string().to_lowercase(), shape.join(", ")))
+        };
+        let types = plan.iter().map(ty).collect();
+        ArtefactWriter::over(output, plan, types, shard_bytes)
+    }
+
+    fn over(
+        output: &'a Output,
+        plan: Vec<StoredTensor>,
+        types: BTreeMap<String, String>,
+        shard_bytes: u64,
+    ) -> Self {
         let shards = ShardWriter::new(&output.folder(), plan, shard_bytes);
-        ArtefactWriter { output, shards, types, tensors: BTreeMap::new(), files: BTreeMap::new() }
+        ArtefactWriter { output, shards, types, tensors: BTreeMap::new(), files: BTreeMap::new(), open: None }
     }
 
     /// Writes the next tensor.
@@ -136,15 +155,46 @@ impl<'a> ArtefactWriter<'a> {
     /// # Errors
     /// As [`ShardWriter::write`].
     pub fn tensor(&mut self, name: &str, bytes: &[u8]) -> Result<(), ArtefactError> {
-        let file = self.shards.write(name, bytes)?;
-        let ty = self.types.get(name).map(ToString::to_string).unwrap_or_default();
-        let info = TensorInfo {
-            ty,
-            file,
-            bytes: bytes.len() as u64,
-            hash: blake3::hash(bytes).to_hex().to_string(),
-        };
-        self.tensors.insert(name.to_owned(), info);
+        self.begin(name)?;
+        self.put(bytes)?;
+        self.end()
+    }
+
+    /// Begins the next tensor, whose bytes come by [`ArtefactWriter::put`].
+    ///
+    /// # Errors
+    /// As [`ShardWriter::begin`].
+    pub fn begin(&mut self, name: &str) -> Result<(), ArtefactError> {
+        let file = self.shards.begin(name)?;
+        let ty = self.types.get(name).cloned().unwrap_or_default();
+        let info = TensorInfo { ty, file, bytes: 0, hash: String::new() };
+        self.open = Some((name.to_owned(), info, blake3::Hasher::new()));
+        Ok(())
+    }
+
+    /// Writes the next bytes of the tensor that was begun.
+    ///
+    /// # Errors
+    /// As [`ShardWriter::put`].
+    pub fn put(&mut self, bytes: &[u8]) -> Result<(), ArtefactError> {
+        self.shards.put(bytes)?;
+        if let Some((_, info, hash)) = &mut self.open {
+            info.bytes += bytes.len() as u64;
+            hash.update(bytes);
+        }
+        Ok(())
+    }
+
+    /// Ends the tensor that was begun.
+    ///
+    /// # Errors
+    /// As [`ShardWriter::end`].
+    pub fn end(&mut self) -> Result<(), ArtefactError> {
+        self.shards.end()?;
+        if let Some((name, mut info, hash)) = self.open.take() {
+            info.hash = hash.finalize().to_hex().to_string();
+            self.tensors.insert(name, info);
+        }
         Ok(())
     }
 

@@ -1,0 +1,171 @@
+//! compressed-tensors (methods.md §10.4): `pack-quantized` for weights alone, `int-quantized` where inputs are rounded for
+//! each token.
+
+use std::collections::BTreeMap;
+
+use qrmc_ir::{Grain, QuantSpec, WeightSource, words};
+use serde_json::{Map, Value, json};
+
+use super::plan::{Plan, bytes, dtype, no_caches, parts, scale_bytes};
+use super::{ExportError, Format, Linear, Part, View};
+use crate::artefact::Dtype;
+
+/// Rows whose codes are in memory at once.
+const ROWS: usize = 1024;
+
+/// See the module.
+pub(super) struct CompressedTensors;
+
+impl Format for CompressedTensors {
+    fn name(&self) -> &'static str {
+        "compressed-tensors"
+    }
+
+    fn summary(&self) -> &'static str {
+        "weights of W2 to W8, and W8A8 for each token: vLLM, transformers"
+    }
+
+    fn nearest(&self, _: &Linear, _: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError> {
+        Ok(None)
+    }
+
+    fn plan<'a>(&self, view: &'a View, _: &dyn WeightSource) -> Result<Plan<'a>, ExportError> {
+        no_caches(view, self.name())?;
+        let mut groups: BTreeMap<String, (Value, Vec<&str>)> = BTreeMap::new();
+        let mut scale = None;
+        let mut rounds = false;
+        for l in view.linears() {
+            let scheme = scheme(l)?;
+            rounds |= l.input.spec.is_some();
+            if *scale.get_or_insert(l.spec().scale) != l.spec().scale {
+                return Err(ExportError::illegal(format!(
+                    "{}: scales of {} beside others; loaders have one type for all",
+                    l.name,
+                    l.spec().scale
+                ))
+                .hint("compile with one scale type"));
+            }
+            groups.entry(scheme.to_string()).or_insert((scheme, Vec::new())).1.push(&l.name);
+        }
+        let Some(scale) = scale else {
+            return Err(ExportError::illegal("no matrix of this model has codes")
+                .hint("compile with a pass that rounds weights, such as rtn"));
+        };
+        let form = if rounds { "int-quantized" } else { "pack-quantized" };
+        let made = parts(view, |l, out| {
+            match rounds {
+                true => plain(l, out),
+                false => packed(l, out),
+            }
+            let scales = vec![l.rows, l.groups()];
+            let scales = if l.codes.spec.grain == Grain::Tensor { vec![1] } else { scales };
+            out.push(Part::of(l, "weight_scale", dtype(scale), scales.clone(), move |src, put| {
+                let all = l.scales(src)?;
+                Ok(put(&scale_bytes(&all[..scales.iter().product()], scale)?)?)
+            }));
+            Ok(())
+        })?;
+        let single = groups.len() == 1;
+        let mut config_groups = Map::new();
+        for (i, (mut scheme, names)) in groups.into_values().enumerate() {
+            // A class of modules stands for all that are not ignored; several schemes name theirs one by one.
+            scheme["targets"] = if single { json!(["Linear"]) } else { json!(names) };
+            config_groups.insert(format!("group_{i}"), scheme);
+        }
+        let mut ignore: Vec<&str> = view.float.iter().map(String::as_str).collect();
+        ignore.sort_unstable();
+        let quantization = json!({
+            "quant_method": "compressed-tensors",
+            "format": form,
+            "quantization_status": "compressed",
+            "config_groups": config_groups,
+            "ignore": ignore,
+            "kv_cache_scheme": null,
+        });
+        let (files, notes) = (Vec::new(), Vec::new());
+        Ok(Plan { parts: made, compute: Some(scale), quantization: Some(quantization), files, notes })
+    }
+}
+
+/// The scheme of a linear layer as a config group has it, without targets.
+fn scheme(l: &Linear) -> Result<Value, ExportError> {
+    let spec = l.spec();
+    let (strategy, group) = match spec.grain {
+        Grain::Tensor => ("tensor", Value::Null),
+        Grain::Group(g) => ("group", json!(g)),
+        _ => ("channel", Value::Null),
+    };
+    let input = match l.input.spec {
+        None => Value::Null,
+        Some(x) if x.grain == Grain::Token && l.input.bounds.is_empty() && l.input.matrices.is_empty() => {
+            json!({
+                "num_bits": x.bits, "type": "int", "symmetric": !x.zero, "strategy": "token", "dynamic": true,
+                "group_size": null, "actorder": null, "observer": null, "block_structure": null,
+            })
+        }
+        Some(x) => {
+            let seen = match l.input.bounds.is_empty() {
+                true => format!("rounded to {x}"),
+                false => format!("rounded to {x} within learned bounds"),
+            };
+            return Err(ExportError::illegal(format!(
+                "{}: its input is {seen}; compressed-tensors rounds each token by its own range",
+                l.name
+            ))
+            .hint("compile with --tp 1 and without learned bounds, or run the artefact with qrmc"));
+        }
+    };
+    Ok(json!({
+        "targets": [],
+        "weights": {
+            "num_bits": spec.bits, "type": "int", "symmetric": !spec.zero, "strategy": strategy,
+            "group_size": group, "actorder": null, "dynamic": false, "observer": "minmax", "block_structure": null,
+        },
+        "input_activations": input,
+        "output_activations": null,
+    }))
+}
+
+/// Codes in words along the inputs, and zero points in words along the outputs.
+fn packed<'a>(l: &'a Linear, out: &mut Vec<Part<'a>>) {
+    let (bits, groups) = (l.bits(), l.groups());
+    let in_words = words::word_count(l.cols, bits);
+    out.push(Part::of(l, "weight_packed", Dtype::I32, vec![l.rows, in_words], move |src, put| {
+        by_rows(l, |rows| {
+            let codes = l.codes(src, rows)?;
+            Ok(put(&bytes(&words::pack_rows(&codes, l.cols, bits)))?)
+        })
+    }));
+    if l.spec().zero {
+        let out_words = words::word_count(l.rows, bits);
+        out.push(Part::of(l, "weight_zero_point", Dtype::I32, vec![out_words, groups], move |src, put| {
+            let zeros = words::transposed(&l.zeros(src)?, l.rows, groups);
+            let lines = words::pack_rows(&zeros, l.rows, bits);
+            Ok(put(&bytes(&words::transposed(&lines, groups, out_words)))?)
+        }));
+    }
+    out.push(Part::of(l, "weight_shape", Dtype::I64, vec![2], move |_, put| {
+        Ok(put(&[l.rows as u64, l.cols as u64].map(u64::to_le_bytes).concat())?)
+    }));
+}
+
+/// Codes as signed bytes.
+fn plain<'a>(l: &'a Linear, out: &mut Vec<Part<'a>>) {
+    let middle = 1u8 << (l.bits() - 1);
+    let signed = move |codes: Vec<u8>| codes.iter().map(|q| q.wrapping_sub(middle)).collect::<Vec<u8>>();
+    out.push(Part::of(l, "weight", Dtype::I8, vec![l.rows, l.cols], move |src, put| {
+        by_rows(l, |rows| Ok(put(&signed(l.codes(src, rows)?))?))
+    }));
+    if l.spec().zero {
+        out.push(Part::of(l, "weight_zero_point", Dtype::I8, vec![l.rows, l.groups()], move |src, put| {
+            Ok(put(&signed(l.zeros(src)?))?)
+        }));
+    }
+}
+
+fn by_rows(
+    l: &Linear,
+    mut f: impl FnMut(std::ops::Range<usize>) -> Result<(), ExportError>,
+) -> Result<(), ExportError> {
+    (0..l.rows).step_by(ROWS).try_for_each(|from| f(from..l.rows.min(from + ROWS)))
+}

@@ -1,0 +1,154 @@
+//! GPTQ's forms (methods.md §10.3): 2, 3, 4 or 8 bits, words along the inputs, zero points along the outputs. The first form
+//! stores zero points less one.
+
+use qrmc_ir::{QuantSpec, ScaleType, WeightSource, words};
+use serde_json::{Map, Value, json};
+
+use super::plan::{Plan, bytes, dtype, one_group, parts, scale_bytes, weights_only};
+use super::{ExportError, Format, HEAD, Linear, Part, View};
+use crate::artefact::Dtype;
+
+/// See the module.
+pub(super) struct Gptq {
+    /// The second form: zero points as they are.
+    pub(super) v2: bool,
+}
+
+/// Bits of the words that hold codes of some bits.
+fn stored_bits(bits: u8) -> u8 {
+    match bits {
+        0..=4 => bits,
+        _ => 8,
+    }
+}
+
+/// The type in which scales are written: their own, or `f16` for `f32`, which readers round to the model's type.
+fn scale_type(l: &Linear) -> ScaleType {
+    match l.spec().scale {
+        ScaleType::BF16 => ScaleType::BF16,
+        ScaleType::F16 | ScaleType::F32 => ScaleType::F16,
+    }
+}
+
+impl Format for Gptq {
+    fn name(&self) -> &'static str {
+        if self.v2 { "gptq-v2" } else { "gptq" }
+    }
+
+    fn summary(&self) -> &'static str {
+        match self.v2 {
+            true => "GPTQ with zero points as they are, W2 to W8: GPTQModel, vLLM",
+            false => "GPTQ with zero points less one, W2 to W8: GPTQModel, vLLM, transformers",
+        }
+    }
+
+    fn nearest(&self, l: &Linear, src: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError> {
+        let fits = l.scales_fit(src, scale_type(l), self.name()).is_ok();
+        Ok((!fits).then(|| QuantSpec { scale: scale_type(l), ..l.spec() }))
+    }
+
+    fn plan<'a>(&self, view: &'a View, src: &dyn WeightSource) -> Result<Plan<'a>, ExportError> {
+        weights_only(view, self.name())?;
+        let group = one_group(view, self.name())?;
+        let bits = view.linears().map(|l| stored_bits(l.bits())).max().unwrap_or(4);
+        let scale = view.linears().next().map_or(ScaleType::F16, scale_type);
+        let mut notes = Vec::new();
+        for l in view.linears() {
+            // Words of fewer bits hold no more: but codes of fewer bits are codes of more bits with the same zero point.
+            self.fits(l, src, bits, scale)?;
+            if l.bits() != bits && notes.is_empty() {
+                notes.push(format!("codes of {} bits stand in fields of {bits} bits", l.bits()));
+            }
+        }
+        let v2 = self.v2;
+        let made = parts(view, |l, out| {
+            let (groups, in_words) = (l.groups(), words::word_count(l.cols, bits));
+            let out_words = words::word_count(l.rows, bits);
+            out.push(Part::of(l, "qweight", Dtype::I32, vec![in_words, l.rows], move |src, put| {
+                let packed = words::pack_rows(&l.codes(src, 0..l.rows)?, l.cols, bits);
+                Ok(put(&bytes(&words::transposed(&packed, l.rows, in_words)))?)
+            }));
+            out.push(Part::of(l, "qzeros", Dtype::I32, vec![groups, out_words], move |src, put| {
+                let zeros = words::transposed(&l.zeros(src)?, l.rows, groups);
+                let mut packed = words::pack_rows(&zeros, l.rows, bits);
+                if !v2 {
+                    words::less_one(&mut packed, l.rows, bits);
+                }
+                Ok(put(&bytes(&packed))?)
+            }));
+            out.push(Part::of(l, "scales", dtype(scale), vec![groups, l.rows], move |src, put| {
+                Ok(put(&scale_bytes(&words::transposed(&l.scales(src)?, l.rows, groups), scale)?)?)
+            }));
+            out.push(Part::of(l, "g_idx", Dtype::I32, vec![l.cols], move |_, put| {
+                let group = l.group();
+                Ok(put(&bytes(&(0..l.cols).map(|i| (i / group) as u32).collect::<Vec<_>>()))?)
+            }));
+            Ok(())
+        })?;
+        let config = self.config(view, bits, group);
+        let mut text = serde_json::to_vec_pretty(&config).map_err(|e| ExportError::fault(e.to_string()))?;
+        text.push(b'\n');
+        let files = vec![("quantize_config.json".to_owned(), text)];
+        Ok(Plan { parts: made, compute: Some(scale), quantization: Some(config), files, notes })
+    }
+}
+
+impl Gptq {
+    fn fits(
+        &self,
+        l: &Linear,
+        src: &dyn WeightSource,
+        bits: u8,
+        scale: ScaleType,
+    ) -> Result<(), ExportError> {
+        let per_word = 32 / usize::from(bits.max(1));
+        let whole = |n: usize| if bits == 3 { n.is_multiple_of(32) } else { n.is_multiple_of(per_word) };
+        for (n, what) in [(l.cols, "inputs"), (l.rows, "outputs")] {
+            if !whole(n) {
+                return Err(ExportError::illegal(format!(
+                    "{}: {n} {what} do not fill whole words of {bits}-bit codes",
+                    l.name
+                ))
+                .hint("--format compressed-tensors fills up the last word"));
+            }
+        }
+        l.scales_fit(src, scale, self.name())?;
+        if !self.v2
+            && let Some(at) = l.zeros(src)?.iter().position(|&z| z == 0)
+        {
+            return Err(ExportError::illegal(format!(
+                "{}: the zero point of group {} of row {} is 0, which less one borrows from its neighbour; \
+                 readers that take fields apart before they add one get both wrong",
+                l.name,
+                at % l.groups(),
+                at / l.groups()
+            ))
+            .hint("--format gptq-v2 stores zero points as they are"));
+        }
+        Ok(())
+    }
+
+    fn config(&self, view: &View, bits: u8, group: i64) -> Value {
+        let symmetric = view.linears().all(|l| l.symmetric() && l.bits() == bits);
+        // Layers that stay floats, as GPTQModel's exclusion patterns.
+        let keep: Map<String, Value> = view
+            .float
+            .iter()
+            .filter(|n| *n != HEAD)
+            .map(|n| (format!("-:^{}$", n.replace('.', "\\.")), json!({})))
+            .collect();
+        json!({
+            "quant_method": "gptq",
+            "checkpoint_format": if self.v2 { "gptq_v2" } else { "gptq" },
+            "bits": bits,
+            "group_size": group,
+            "sym": symmetric,
+            // Columns stand in the order of the model, whatever order rounding took.
+            "desc_act": false,
+            "lm_head": view.linears().any(|l| l.name == HEAD),
+            "pack_dtype": "int32",
+            "dynamic": if keep.is_empty() { Value::Null } else { Value::Object(keep) },
+            "meta": { "quantizer": [format!("qrmc:{}", env!("CARGO_PKG_VERSION"))] },
+        })
+    }
+}

@@ -1,0 +1,251 @@
+//! One matrix with codes: what it holds, in the units in which every format writes it.
+
+use std::ops::Range;
+
+use qrmc_ir::{Data, Elem, Grain, QuantSpec, Rule, ScaleType, Tensor, WeightSource, grid, pack};
+
+use super::ExportError;
+
+/// Names of the parts of a quantized weight, and its scheme.
+#[derive(Clone, Debug)]
+pub struct Codes {
+    /// The scheme of `[rows, cols]`.
+    pub spec: QuantSpec,
+    /// Stored name of the codes.
+    pub codes: String,
+    /// Of the scales.
+    pub scale: String,
+    /// Of the zero points, where the scheme has them.
+    pub zero: Option<String>,
+}
+
+/// What is done to a value before it is used.
+#[derive(Clone, Default, PartialEq, Debug)]
+pub struct Rounding {
+    /// How it is rounded, if it is.
+    pub spec: Option<QuantSpec>,
+    /// Stored names of the factors of the range of rounding, upper before lower, where a method has learned some.
+    pub bounds: Vec<String>,
+    /// Small matrices that it is multiplied by before, last first: stored name, and elements inside the multiplied axis.
+    pub matrices: Vec<(String, u64)>,
+}
+
+/// A linear layer with codes.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// Module name, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// Parts of the weight.
+    pub codes: Codes,
+    /// The scheme that it is rounded to anew, where what is stored does not fit.
+    pub target: Option<QuantSpec>,
+    /// What is done to its input.
+    pub input: Rounding,
+    /// Stored name of its bias.
+    pub bias: Option<String>,
+}
+
+/// Codes, scales and zero points of some rows: `value = scale * (code - zero)`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Parts {
+    /// `[rows, cols]`, one a byte; signed ones plus `2^(b-1)`, so that every code is in `0 ..= 2^b - 1`.
+    pub codes: Vec<u8>,
+    /// `[rows, groups]`.
+    pub scales: Vec<f32>,
+    /// `[rows, groups]`, in the units of the codes; `2^(b-1)` everywhere for signed codes.
+    pub zeros: Vec<u8>,
+}
+
+impl Linear {
+    /// The scheme in which it is written.
+    pub fn spec(&self) -> QuantSpec {
+        self.target.unwrap_or(self.codes.spec)
+    }
+
+    /// Bits of a code.
+    pub fn bits(&self) -> u8 {
+        self.spec().bits
+    }
+
+    /// Inputs that share a scale.
+    pub fn group(&self) -> usize {
+        group(self.spec(), self.cols)
+    }
+
+    /// Scales of a row.
+    pub fn groups(&self) -> usize {
+        self.cols / self.group()
+    }
+
+    /// Whether every zero point is the middle of the codes: what other formats call symmetric.
+    pub fn symmetric(&self) -> bool {
+        self.spec().signed && !self.spec().zero
+    }
+
+    /// Codes of some rows, as in [`Parts`].
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn codes(&self, src: &dyn WeightSource, rows: Range<usize>) -> Result<Vec<u8>, ExportError> {
+        match self.target {
+            Some(target) if differs(target, self.codes.spec) => Ok(self.rounded(src, target, rows)?.codes),
+            _ => self.stored_codes(src, rows),
+        }
+    }
+
+    /// Scales of all rows, as in [`Parts`].
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn scales(&self, src: &dyn WeightSource) -> Result<Vec<f32>, ExportError> {
+        match self.target {
+            Some(target) if differs(target, self.codes.spec) => {
+                Ok(self.rounded(src, target, 0..self.rows)?.scales)
+            }
+            Some(target) => Ok(self.stored_scales(src)?.iter().map(|&s| target.scale.round(s)).collect()),
+            None => self.stored_scales(src),
+        }
+    }
+
+    /// Zero points of all rows, as in [`Parts`].
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn zeros(&self, src: &dyn WeightSource) -> Result<Vec<u8>, ExportError> {
+        match self.target {
+            Some(target) if differs(target, self.codes.spec) => {
+                Ok(self.rounded(src, target, 0..self.rows)?.zeros)
+            }
+            _ => self.stored_zeros(src),
+        }
+    }
+
+    fn stored_codes(&self, src: &dyn WeightSource, rows: Range<usize>) -> Result<Vec<u8>, ExportError> {
+        let raw = src.raw(&self.codes.codes)?;
+        let each = Elem::Quant(self.codes.spec).row_bytes(self.cols);
+        let mut out = Vec::with_capacity(rows.len() * self.cols);
+        for row in raw.bytes[rows.start * each..rows.end * each].chunks_exact(each.max(1)) {
+            pack::unpack_row(row, self.codes.spec.bits, self.cols, |q| out.push(q));
+        }
+        Ok(out)
+    }
+
+    fn stored_scales(&self, src: &dyn WeightSource) -> Result<Vec<f32>, ExportError> {
+        let t = src.read(&self.codes.scale)?;
+        let v = t.as_f32();
+        let v = v.ok_or_else(|| ExportError::fault(format!("`{}` holds no floats", self.codes.scale)))?;
+        Ok(self.spread(v))
+    }
+
+    fn stored_zeros(&self, src: &dyn WeightSource) -> Result<Vec<u8>, ExportError> {
+        let spec = self.codes.spec;
+        let Some(zero) = &self.codes.zero else {
+            let middle = if spec.signed { 1u8 << (spec.bits - 1) } else { 0 };
+            return Ok(vec![middle; self.rows * (self.cols / group(spec, self.cols))]);
+        };
+        let t: Tensor = src.read(zero)?;
+        let Data::U8(v) = t.data() else {
+            return Err(ExportError::fault(format!("`{zero}` holds no zero points")));
+        };
+        Ok(self.spread(v))
+    }
+
+    /// A value of each group of each row, from one of each group, row or tensor.
+    fn spread<T: Copy>(&self, v: &[T]) -> Vec<T> {
+        match self.codes.spec.grain {
+            Grain::Tensor => vec![v[0]; self.rows],
+            _ => v.to_vec(),
+        }
+    }
+
+    /// Values of some rows as the artefact has them: `scale * (code - zero)`, rounded once.
+    ///
+    /// # Errors
+    /// If a part cannot be read.
+    pub fn values(&self, src: &dyn WeightSource, rows: Range<usize>) -> Result<Vec<f32>, ExportError> {
+        let group = group(self.codes.spec, self.cols);
+        let from = rows.start * (self.cols / group);
+        let (scales, zeros) = (self.stored_scales(src)?, self.stored_zeros(src)?);
+        let codes = self.stored_codes(src, rows)?;
+        Ok(values(&codes, &scales[from..], &zeros[from..], group))
+    }
+
+    /// Some rows, rounded to another scheme.
+    fn rounded(&self, src: &dyn WeightSource, to: QuantSpec, rows: Range<usize>) -> Result<Parts, ExportError> {
+        let values = self.values(src, rows)?;
+        let mut out = Parts { codes: Vec::with_capacity(values.len()), scales: Vec::new(), zeros: Vec::new() };
+        let middle = -to.qmin();
+        for run in values.chunks(group(to, self.cols)) {
+            let p = grid::qparam(run, to, Rule::MinMax);
+            out.codes.extend(run.iter().map(|&x| (grid::quantize(x, p, to) + middle) as u8));
+            out.scales.push(p.scale);
+            out.zeros.push((p.zero + middle) as u8);
+        }
+        Ok(out)
+    }
+
+    /// How far what is written is from what is stored, relative to what is stored: root mean squares. 0 where codes and
+    /// scales are the stored ones.
+    ///
+    /// # Errors
+    /// If a part cannot be read.
+    pub fn loss(&self, src: &dyn WeightSource) -> Result<f64, ExportError> {
+        if self.target.is_none() {
+            return Ok(0.0);
+        }
+        let have = self.values(src, 0..self.rows)?;
+        let codes = self.codes(src, 0..self.rows)?;
+        let made = values(&codes, &self.scales(src)?, &self.zeros(src)?, self.group());
+        let square = |x: f32| f64::from(x) * f64::from(x);
+        let error: f64 = have.iter().zip(&made).map(|(&a, &b)| square(a - b)).sum();
+        let size: f64 = have.iter().map(|&a| square(a)).sum();
+        Ok(if size > 0.0 { (error / size).sqrt() } else { 0.0 })
+    }
+
+    /// Refuses scales that a type of float cannot hold as they are.
+    ///
+    /// # Errors
+    /// The first such scale, and what to do.
+    pub fn scales_fit(&self, src: &dyn WeightSource, ty: ScaleType, format: &str) -> Result<(), ExportError> {
+        let scales = self.scales(src)?;
+        let Some(at) = scales.iter().position(|&s| ty.round(s) != s) else { return Ok(()) };
+        Err(ExportError::illegal(format!(
+            "{}: scale {:e} of row {} is {}, and {format} files hold {ty}, which would change it",
+            self.name,
+            scales[at],
+            at / self.groups(),
+            self.spec().scale
+        ))
+        .hint(format!(
+            "compile with scale={ty}: codes are then chosen for scales that fit; or give --requantize, which rounds \
+             the scales and says what is lost"
+        )))
+    }
+}
+
+/// Whether codes of one scheme are not codes of the other.
+fn differs(a: QuantSpec, b: QuantSpec) -> bool {
+    QuantSpec { scale: b.scale, ..a } != b
+}
+
+fn group(spec: QuantSpec, cols: usize) -> usize {
+    match spec.grain {
+        Grain::Group(g) => g as usize,
+        _ => cols,
+    }
+    .max(1)
+}
+
+/// `scale * (code - zero)` of whole groups.
+pub(super) fn values(codes: &[u8], scales: &[f32], zeros: &[u8], group: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(codes.len());
+    for (run, (&scale, &zero)) in codes.chunks(group).zip(scales.iter().zip(zeros)) {
+        let p = grid::QParam { scale, zero: i32::from(zero) };
+        out.extend(run.iter().map(|&q| grid::dequantize(i32::from(q), p)));
+    }
+    out
+}

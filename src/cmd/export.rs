@@ -1,0 +1,188 @@
+//! `qrmc export`.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use qrmc_ir::WeightSource;
+use qrmc_lowering::artefact::{ArtefactWriter, Manifest, Output, SourceInfo};
+use qrmc_lowering::export::{Entry, FORMATS, Format, Part, Plan, View};
+use serde_json::{Value, json};
+
+use super::{card, emit, plan};
+use crate::cli::ExportArgs;
+use crate::fail::{FAILURE, Failure};
+use crate::memory::{Watch, show_bytes};
+use crate::model::{self, Model};
+use crate::ui::Ui;
+
+pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
+    let (watch, start) = (Watch::start(), Instant::now());
+    let format = find(&args.format)?;
+    let engine = super::engine(&args.machine)?;
+    let model = model::open_to_pass(&args.model, &engine)?;
+    let source = model.outline()?;
+    let mut view = View::of(&model.module, &source)?;
+    let losses = if args.requantize { requantize(&mut view, format, &*model.weights)? } else { Vec::new() };
+    let planned = format.plan(&view, &*model.weights)?;
+    let target =
+        args.output.clone().unwrap_or_else(|| PathBuf::from(format!("{}-{}", model.name(), format.name())));
+    let output = Output::prepare(&target, emit::is_export)?;
+    plan::check_disk(&output.folder(), planned.bytes())?;
+    let card = card::Card::new(&model, format, &view, &args.evaluation)?;
+    let manifest = write(&model, &view, &planned, &card, &output, args.shard_size, ui)?;
+    output.publish()?;
+    let done = Done { target, manifest, losses, notes: planned.notes.clone(), peak: watch.peak() };
+    if ui.json() {
+        ui.object(&done.json(format));
+    } else {
+        done.show(format, start, ui);
+    }
+    Ok(())
+}
+
+/// The format of a name.
+fn find(name: &str) -> Result<&'static dyn Format, Failure> {
+    let known = || FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", ");
+    let name = name.replace('_', "-");
+    FORMATS.into_iter().find(|f| f.name() == name).ok_or_else(|| {
+        Failure::usage(format!("there is no format `{name}`")).hint(format!("formats: {}", known()))
+    })
+}
+
+/// Rounds what does not fit; gives the loss of each matrix that was touched.
+fn requantize(
+    view: &mut View,
+    format: &dyn Format,
+    src: &dyn WeightSource,
+) -> Result<Vec<(String, f64)>, Failure> {
+    let mut losses = Vec::new();
+    for e in &mut view.entries {
+        let Entry::Linear(l) = e else { continue };
+        if let Some(spec) = format.nearest(l, src)? {
+            l.target = Some(spec);
+            losses.push((l.name.clone(), l.loss(src)?));
+            release(src, [l.codes.codes.as_str()]);
+        }
+    }
+    Ok(losses)
+}
+
+fn release<'a>(src: &dyn WeightSource, names: impl IntoIterator<Item = &'a str>) {
+    names.into_iter().for_each(|n| src.release(n));
+}
+
+/// Writes everything, a tensor at a time.
+fn write(
+    model: &Model,
+    view: &View,
+    planned: &Plan<'_>,
+    card: &card::Card,
+    output: &Output,
+    shard_size: u64,
+    ui: &Ui,
+) -> Result<Manifest, Failure> {
+    let src = &*model.weights;
+    let tensors = planned.parts.iter().map(|p| p.tensor.clone()).collect();
+    let mut writer = ArtefactWriter::stored(output, tensors, shard_size);
+    for (i, part) in planned.parts.iter().enumerate() {
+        ui.progress("export", i + 1, planned.parts.len(), &part.tensor.name);
+        writer.begin(&part.tensor.name)?;
+        part.write(src, &mut |bytes| writer.put(bytes))?;
+        writer.end()?;
+        let next: BTreeSet<&str> =
+            planned.parts.get(i + 1).map(|p: &Part<'_>| p.from.iter().copied().collect()).unwrap_or_default();
+        release(src, part.from.iter().copied().filter(|n| !next.contains(n)));
+    }
+    ui.clear();
+    for f in &model.files {
+        if f.name == "config.json" {
+            writer.file(&f.name, &planned.config(&f.bytes, view.untied)?)?;
+        } else {
+            writer.file(&f.name, &f.bytes)?;
+        }
+    }
+    for (name, bytes) in &planned.files {
+        writer.file(name, bytes)?;
+    }
+    if let Ok(recipe) = std::fs::read(model.path.join("recipe.yaml")) {
+        writer.file("recipe.yaml", &recipe)?;
+    }
+    writer.file("README.md", card.text(planned).as_bytes())?;
+    writer.index()?;
+    let (source, pipeline) = match &model.manifest {
+        Some(m) => (m.source.clone(), m.pipeline.clone()),
+        None => {
+            let hash = String::new();
+            (SourceInfo { name: model.name(), format: model.format.clone(), hash }, Vec::new())
+        }
+    };
+    Ok(writer.finish(env!("CARGO_PKG_VERSION"), source, pipeline)?)
+}
+
+/// What was written.
+struct Done {
+    target: PathBuf,
+    manifest: Manifest,
+    losses: Vec<(String, f64)>,
+    notes: Vec<String>,
+    peak: u64,
+}
+
+impl Done {
+    fn bytes(&self) -> u64 {
+        self.manifest.tensors.values().map(|t| t.bytes).sum()
+    }
+
+    fn worst(&self) -> Option<&(String, f64)> {
+        self.losses.iter().max_by(|a, b| a.1.total_cmp(&b.1))
+    }
+
+    fn json(&self, format: &dyn Format) -> Value {
+        let losses: Vec<Value> =
+            self.losses.iter().map(|(name, loss)| json!({ "tensor": name, "relative": loss })).collect();
+        json!({
+            "output": self.target.display().to_string(),
+            "format": format.name(),
+            "tensors": self.manifest.tensors.len(),
+            "bytes": self.bytes(),
+            "private_bytes": self.peak,
+            "requantized": losses,
+            "notes": self.notes,
+        })
+    }
+
+    fn show(&self, format: &dyn Format, start: Instant, ui: &Ui) {
+        ui.out(&format!(
+            "{}/: {}, {} tensors, {}, in {:.1} s",
+            self.target.display().to_string().trim_end_matches('/'),
+            format.name(),
+            self.manifest.tensors.len(),
+            show_bytes(self.bytes()),
+            start.elapsed().as_secs_f64()
+        ));
+        match self.worst() {
+            None => ui.out("  codes, scales and zero points are the artefact's"),
+            Some((name, loss)) => ui.out(&format!(
+                "  {} matrices were rounded again: relative error {loss:.1e} at most, in {name}",
+                self.losses.len()
+            )),
+        }
+        for note in &self.notes {
+            ui.out(&format!("  {note}"));
+        }
+    }
+}
+
+impl Model {
+    /// The float model that the configuration describes.
+    pub(crate) fn outline(&self) -> Result<qrmc_ir::Module, Failure> {
+        let Some(config) = self.file("config.json") else {
+            return Err(Failure::new(FAILURE, format!("{}: there is no config.json", self.path.display()))
+                .hint("copy the source's config.json into the folder"));
+        };
+        let config: Value = serde_json::from_slice(config)
+            .map_err(|e| Failure::new(FAILURE, format!("{}: config.json: {e}", self.path.display())))?;
+        Ok(qrmc_frontends::outline(&self.path, &config)?)
+    }
+}
