@@ -165,7 +165,7 @@ pub(crate) struct OptArgs {
 pub(crate) struct ExportArgs {
     /// An artefact, or a model
     pub(crate) model: PathBuf,
-    /// awq, gptq, gptq-v2, compressed-tensors or fake
+    /// awq, gptq, gptq-v2, compressed-tensors, ascend, gguf or fake
     #[arg(long, value_name = "NAME")]
     pub(crate) format: String,
     /// Output folder [default: MODEL-FORMAT in the current folder]
@@ -238,6 +238,9 @@ pub(crate) struct PerplexityArgs {
     /// Tokens from one window to the next [default: the window]
     #[arg(long, value_name = "N")]
     pub(crate) stride: Option<usize>,
+    /// Score only the last N tokens of each window
+    #[arg(long, value_name = "N")]
+    pub(crate) last: Option<usize>,
     /// Stop after this many windows
     #[arg(long, value_name = "N")]
     pub(crate) windows: Option<usize>,

@@ -13,7 +13,7 @@ fn json(text: &str) -> Value {
 #[test]
 fn help_of_every_command() {
     let dir = tempfile::tempdir().unwrap();
-    for command in ["compile", "opt", "inspect", "diff", "eval", "generate", "passes"] {
+    for command in ["compile", "export", "opt", "inspect", "diff", "eval", "generate", "passes"] {
         assert_snapshot!(format!("help_{command}"), ok(dir.path(), &[command, "--help"]));
     }
     assert_snapshot!("help", ok(dir.path(), &["--help"]));
@@ -176,4 +176,25 @@ fn failures_in_json() {
     assert_eq!((v["error"]["exit"].as_u64(), v["error"]["code"].as_str()), (Some(4), Some("Q0202")));
     assert_eq!(run(dir.path(), &["compile", "--bogus"]).code, 2);
     assert_eq!(run(dir.path(), &[]).code, 2);
+}
+
+/// Windows that overlap score each token once, and `--last` scores the ends of windows alone.
+#[test]
+fn overlapping_windows_score_each_token_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = data(TINY);
+    let model = model.to_str().unwrap();
+    let eval = |more: &[&str]| -> Value {
+        let args = [&["eval", model, "--ctx", "64", "--json"], more].concat();
+        serde_json::from_str(&ok(dir.path(), &args)).unwrap()
+    };
+    let tokens = |v: &Value| v["tokens"].as_u64().unwrap();
+    assert_eq!(tokens(&eval(&["--windows", "5"])), 5 * 63);
+    assert_eq!(tokens(&eval(&["--stride", "16", "--windows", "5"])), 63 + 4 * 16);
+    let halves = eval(&["--last", "31", "--windows", "5"]);
+    assert_eq!(tokens(&halves), 5 * 31);
+    // The second half of a window sees the first.
+    assert!(halves["perplexity"].as_f64() < eval(&["--windows", "5"])["perplexity"].as_f64());
+    let s = run(dir.path(), &["eval", model, "--ctx", "64", "--last", "64"]);
+    assert!(s.code == 2 && s.err.contains("scores 1 to 63"), "{}", s.err);
 }

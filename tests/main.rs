@@ -5,6 +5,8 @@ mod awq;
 mod batching;
 mod cli;
 mod degenerate;
+mod export;
+mod formats;
 mod gptq;
 mod head;
 mod hostile;

@@ -6,8 +6,8 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use qrmc_ir::{
-    AttnAttr, BinaryOp, Builder, Diag, Dim, Elem, Func, Module, NoWeights, Op, RawWeight, Real, Shape, Sym, TensorType,
-    ValueId, WeightError, WeightSource,
+    AttnAttr, BinaryOp, Builder, Diag, Dim, Elem, Func, Module, NoWeights, Op, RawWeight, Real, Shape, Sym,
+    TensorType, ValueId, WeightError, WeightSource,
 };
 
 use crate::arch::DecoderConfig;
@@ -83,7 +83,9 @@ impl WeightSource for Expected<'_> {
 
 impl Checkpoint for Expected<'_> {
     fn tensors(&self) -> Vec<(String, TensorType)> {
-        let ty = |shape: Vec<u64>| TensorType::new(Elem::F32, shape.into_iter().map(Dim::Fixed).collect::<Vec<_>>());
+        let ty = |shape: Vec<u64>| {
+            TensorType::new(Elem::F32, shape.into_iter().map(Dim::Fixed).collect::<Vec<_>>())
+        };
         expected(self.0).into_iter().map(|(name, shape)| (name, ty(shape))).collect()
     }
 

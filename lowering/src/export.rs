@@ -3,9 +3,11 @@
 //! A format plans the tensors that it will write, each with how its bytes come from stored codes, scales and zero points.
 //! Planning refuses what the format cannot hold exactly; writing then streams one tensor at a time.
 
+mod ascend;
 mod awq;
 mod compressed;
 mod fake;
+pub mod gguf;
 mod gptq;
 mod linear;
 mod plan;
@@ -23,8 +25,14 @@ pub use view::{Entry, HEAD, View};
 use crate::artefact::ArtefactError;
 
 /// Every format that is a folder of safetensors.
-pub const FORMATS: [&dyn Format; 5] =
-    [&awq::Awq, &gptq::Gptq { v2: false }, &gptq::Gptq { v2: true }, &compressed::CompressedTensors, &Fake];
+pub const FORMATS: [&dyn Format; 6] = [
+    &awq::Awq,
+    &gptq::Gptq { v2: false },
+    &gptq::Gptq { v2: true },
+    &compressed::CompressedTensors,
+    &ascend::Ascend,
+    &Fake,
+];
 
 /// Why something cannot be exported.
 #[derive(Debug, thiserror::Error)]

@@ -84,7 +84,7 @@ pub fn score_text(
             for row in score_rows(engine, &logits, refs.as_ref(), |i| {
                 // Row `p` predicts token `p + 1` of the window, if that is there and counts.
                 let next = at + i + 1;
-                (next < window.len() && w.range.start + next >= w.first_scored).then(|| window[next])
+                (next < window.len() && next >= w.first_scored).then(|| window[next])
             })
             .iter()
             .flatten()

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use qrmc_lowering::export::{Format, Plan, View};
+use qrmc_lowering::export::View;
 use serde_json::Value;
 
 use crate::fail::{FAILURE, Failure};
@@ -24,7 +24,7 @@ impl Card {
     /// Gathers what is known of a model. `evaluation` are files that `qrmc eval --json` has printed.
     pub(crate) fn new(
         model: &Model,
-        format: &'static dyn Format,
+        (format, summary): (&'static str, &'static str),
         view: &View,
         evaluation: &[PathBuf],
     ) -> Result<Self, Failure> {
@@ -52,8 +52,8 @@ impl Card {
                 Some(m) => format!("{} ({}, BLAKE3 `{}`)", m.source.name, m.source.format, m.source.hash),
                 None => format!("{} ({})", model.name(), model.format),
             },
-            format: format.name(),
-            summary: format.summary(),
+            format,
+            summary,
             schemes,
             pipeline: model.manifest.as_ref().map(|m| m.pipeline.clone()).unwrap_or_default(),
             recipe: std::fs::read_to_string(model.path.join("recipe.yaml")).ok(),
@@ -62,7 +62,7 @@ impl Card {
     }
 
     /// The card in Markdown.
-    pub(crate) fn text(&self, plan: &Plan<'_>) -> String {
+    pub(crate) fn text(&self, notes: &[String]) -> String {
         let mut t = String::new();
         let mut line = |s: &str| {
             t.push_str(s);
@@ -78,7 +78,7 @@ impl Card {
         for (scheme, n) in &self.schemes {
             line(&format!("| {n} | `{scheme}` |"));
         }
-        for note in &plan.notes {
+        for note in notes {
             line(&format!("\n{note}."));
         }
         if !self.pipeline.is_empty() {

@@ -155,7 +155,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         None => None,
     };
     let mut writer = match &fake {
-        Some(fake) => ArtefactWriter::stored(&output, fake.tensors(), args.shard_size),
+        Some(fake) => ArtefactWriter::stored(&output, "model", fake.tensors(), args.shard_size),
         None => ArtefactWriter::new(&output, tensors.clone(), args.shard_size),
     };
     let mut done = 0;

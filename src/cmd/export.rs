@@ -1,12 +1,14 @@
 //! `qrmc export`.
 
+mod gguf;
+
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use qrmc_ir::WeightSource;
+use qrmc_ir::{QuantSpec, WeightSource};
 use qrmc_lowering::artefact::{ArtefactWriter, Manifest, Output, SourceInfo};
-use qrmc_lowering::export::{Entry, FORMATS, Format, Part, Plan, View};
+use qrmc_lowering::export::{self, Entry, ExportError, FORMATS, Format, Linear, Part, Plan, View};
 use serde_json::{Value, json};
 
 use super::{card, emit, plan};
@@ -16,50 +18,103 @@ use crate::memory::{Watch, show_bytes};
 use crate::model::{self, Model};
 use crate::ui::Ui;
 
+/// A way to write a model.
+#[derive(Clone, Copy)]
+enum Kind {
+    Safetensors(&'static dyn Format),
+    Gguf,
+}
+
+impl Kind {
+    fn all() -> impl Iterator<Item = Kind> {
+        FORMATS.into_iter().map(Kind::Safetensors).chain([Kind::Gguf])
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Safetensors(f) => f.name(),
+            Kind::Gguf => export::gguf::NAME,
+        }
+    }
+
+    fn summary(self) -> &'static str {
+        match self {
+            Kind::Safetensors(f) => f.summary(),
+            Kind::Gguf => export::gguf::SUMMARY,
+        }
+    }
+
+    fn find(name: &str) -> Result<Kind, Failure> {
+        let wanted = name.replace('_', "-");
+        Kind::all().find(|k| k.name() == wanted).ok_or_else(|| {
+            let known = Kind::all().map(Kind::name).collect::<Vec<_>>().join(", ");
+            Failure::usage(format!("there is no format `{name}`")).hint(format!("formats: {known}"))
+        })
+    }
+
+    fn nearest(self, l: &Linear, src: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError> {
+        match self {
+            Kind::Safetensors(f) => f.nearest(l, src),
+            Kind::Gguf => export::gguf::nearest(l, src),
+        }
+    }
+}
+
 pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
     let (watch, start) = (Watch::start(), Instant::now());
-    let format = find(&args.format)?;
+    let kind = Kind::find(&args.format)?;
     let engine = super::engine(&args.machine)?;
     let model = model::open_to_pass(&args.model, &engine)?;
     let source = model.outline()?;
-    let mut view = View::of(&model.module, &source)?;
-    let losses = if args.requantize { requantize(&mut view, format, &*model.weights)? } else { Vec::new() };
-    let planned = format.plan(&view, &*model.weights)?;
+    let mut view = match kind {
+        Kind::Safetensors(f) => View::through(&model.module, &source, &|n| f.sees(&n.op))?,
+        Kind::Gguf => View::of(&model.module, &source)?,
+    };
+    let losses = if args.requantize { requantize(&mut view, kind, &*model.weights)? } else { Vec::new() };
     let target =
-        args.output.clone().unwrap_or_else(|| PathBuf::from(format!("{}-{}", model.name(), format.name())));
-    let output = Output::prepare(&target, emit::is_export)?;
-    plan::check_disk(&output.folder(), planned.bytes())?;
-    let card = card::Card::new(&model, format, &view, &args.evaluation)?;
-    let manifest = write(&model, &view, &planned, &card, &output, args.shard_size, ui)?;
+        args.output.clone().unwrap_or_else(|| PathBuf::from(format!("{}-{}", model.name(), kind.name())));
+    let card = card::Card::new(&model, (kind.name(), kind.summary()), &view, &args.evaluation)?;
+    let (output, manifest, notes);
+    match kind {
+        Kind::Safetensors(format) => {
+            let planned = format.plan(&view, &*model.weights)?;
+            output = prepare(&target, planned.bytes())?;
+            manifest = write(&model, &view, &planned, &card, &output, args.shard_size, ui)?;
+            notes = planned.notes;
+        }
+        Kind::Gguf => {
+            let planned = gguf::plan(&model, &view)?;
+            output = prepare(&target, planned.bytes())?;
+            gguf::write(&model, &planned, &output.folder(), ui)?;
+            let mut writer = ArtefactWriter::stored(&output, "model", Vec::new(), args.shard_size);
+            writer.written(gguf::FILE)?;
+            manifest = finish(writer, &model, &card, &planned.notes)?;
+            notes = planned.notes;
+        }
+    }
     output.publish()?;
-    let done = Done { target, manifest, losses, notes: planned.notes.clone(), peak: watch.peak() };
+    let done = Done { target, manifest, losses, notes, peak: watch.peak() };
     if ui.json() {
-        ui.object(&done.json(format));
+        ui.object(&done.json(kind));
     } else {
-        done.show(format, start, ui);
+        done.show(kind, start, ui);
     }
     Ok(())
 }
 
-/// The format of a name.
-fn find(name: &str) -> Result<&'static dyn Format, Failure> {
-    let known = || FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", ");
-    let name = name.replace('_', "-");
-    FORMATS.into_iter().find(|f| f.name() == name).ok_or_else(|| {
-        Failure::usage(format!("there is no format `{name}`")).hint(format!("formats: {}", known()))
-    })
+/// The output folder, where the disk has room for it.
+fn prepare(target: &Path, bytes: u64) -> Result<Output, Failure> {
+    let output = Output::prepare(target, emit::is_export)?;
+    plan::check_disk(&output.folder(), bytes)?;
+    Ok(output)
 }
 
 /// Rounds what does not fit; gives the loss of each matrix that was touched.
-fn requantize(
-    view: &mut View,
-    format: &dyn Format,
-    src: &dyn WeightSource,
-) -> Result<Vec<(String, f64)>, Failure> {
+fn requantize(view: &mut View, kind: Kind, src: &dyn WeightSource) -> Result<Vec<(String, f64)>, Failure> {
     let mut losses = Vec::new();
     for e in &mut view.entries {
         let Entry::Linear(l) = e else { continue };
-        if let Some(spec) = format.nearest(l, src)? {
+        if let Some(spec) = kind.nearest(l, src)? {
             l.target = Some(spec);
             losses.push((l.name.clone(), l.loss(src)?));
             release(src, [l.codes.codes.as_str()]);
@@ -84,7 +139,7 @@ fn write(
 ) -> Result<Manifest, Failure> {
     let src = &*model.weights;
     let tensors = planned.parts.iter().map(|p| p.tensor.clone()).collect();
-    let mut writer = ArtefactWriter::stored(output, tensors, shard_size);
+    let mut writer = ArtefactWriter::stored(output, planned.stem, tensors, shard_size);
     for (i, part) in planned.parts.iter().enumerate() {
         ui.progress("export", i + 1, planned.parts.len(), &part.tensor.name);
         writer.begin(&part.tensor.name)?;
@@ -105,11 +160,21 @@ fn write(
     for (name, bytes) in &planned.files {
         writer.file(name, bytes)?;
     }
+    writer.index()?;
+    finish(writer, model, card, &planned.notes)
+}
+
+/// What every export has: recipe, model card and manifest.
+fn finish(
+    mut writer: ArtefactWriter<'_>,
+    model: &Model,
+    card: &card::Card,
+    notes: &[String],
+) -> Result<Manifest, Failure> {
     if let Ok(recipe) = std::fs::read(model.path.join("recipe.yaml")) {
         writer.file("recipe.yaml", &recipe)?;
     }
-    writer.file("README.md", card.text(planned).as_bytes())?;
-    writer.index()?;
+    writer.file("README.md", card.text(notes).as_bytes())?;
     let (source, pipeline) = match &model.manifest {
         Some(m) => (m.source.clone(), m.pipeline.clone()),
         None => {
@@ -130,21 +195,23 @@ struct Done {
 }
 
 impl Done {
+    /// Bytes of everything.
     fn bytes(&self) -> u64 {
-        self.manifest.tensors.values().map(|t| t.bytes).sum()
+        let len = |name: &str| std::fs::metadata(self.target.join(name)).map_or(0, |m| m.len());
+        let files: BTreeSet<&str> = self.manifest.tensors.values().map(|t| t.file.as_str()).collect();
+        files.into_iter().chain(self.manifest.files.keys().map(String::as_str)).map(len).sum()
     }
 
     fn worst(&self) -> Option<&(String, f64)> {
         self.losses.iter().max_by(|a, b| a.1.total_cmp(&b.1))
     }
 
-    fn json(&self, format: &dyn Format) -> Value {
+    fn json(&self, kind: Kind) -> Value {
         let losses: Vec<Value> =
             self.losses.iter().map(|(name, loss)| json!({ "tensor": name, "relative": loss })).collect();
         json!({
             "output": self.target.display().to_string(),
-            "format": format.name(),
-            "tensors": self.manifest.tensors.len(),
+            "format": kind.name(),
             "bytes": self.bytes(),
             "private_bytes": self.peak,
             "requantized": losses,
@@ -152,12 +219,11 @@ impl Done {
         })
     }
 
-    fn show(&self, format: &dyn Format, start: Instant, ui: &Ui) {
+    fn show(&self, kind: Kind, start: Instant, ui: &Ui) {
         ui.out(&format!(
-            "{}/: {}, {} tensors, {}, in {:.1} s",
+            "{}/: {}, {}, in {:.1} s",
             self.target.display().to_string().trim_end_matches('/'),
-            format.name(),
-            self.manifest.tensors.len(),
+            kind.name(),
             show_bytes(self.bytes()),
             start.elapsed().as_secs_f64()
         ));

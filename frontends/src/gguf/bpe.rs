@@ -93,6 +93,29 @@ fn pre_tokenizer(pre: &str, prefix: bool) -> Value {
     }
 }
 
+/// The name under which llama.cpp cuts text up as a `pre_tokenizer` of `tokenizer.json` does, and whether it puts a space
+/// in front.
+pub(super) fn name_of(steps: &Value) -> Option<(&'static str, bool)> {
+    let wanted = outline(steps);
+    let candidates = PRE.iter().flat_map(|&name| [(name, false), (name, true)]);
+    candidates.into_iter().find(|&(name, prefix)| outline(&pre_tokenizer(name, prefix)) == wanted)
+}
+
+/// The steps of a pre-tokenizer without what does not change where text is cut.
+fn outline(steps: &Value) -> Vec<String> {
+    match steps["type"].as_str() {
+        Some("Sequence") => {
+            steps["pretokenizers"].as_array().into_iter().flatten().flat_map(outline).collect()
+        }
+        Some("ByteLevel") => {
+            let flag = |key: &str| steps[key].as_bool().unwrap_or(true);
+            vec![format!("bytes {} {}", flag("add_prefix_space"), flag("use_regex"))]
+        }
+        Some("Digits") => vec![format!("digits {}", steps["individual_digits"])],
+        _ => vec![steps.to_string()],
+    }
+}
+
 /// The parts of a byte-level BPE tokenizer.
 ///
 /// # Errors

@@ -12,12 +12,14 @@ mod spm;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
+mod vocabulary;
 mod weights;
 
 use std::path::Path;
 
 pub use dequant::GgmlType;
 pub use reader::{Array, GgufFile, GgufTensor, Meta};
+pub use vocabulary::Vocabulary;
 pub use weights::GgufCheckpoint;
 
 use crate::{ImportError, Opened, SideFile};

@@ -102,6 +102,7 @@ impl StoredTensor {
 /// Writes planned tensors, in order, into numbered shards of a folder.
 pub struct ShardWriter {
     folder: PathBuf,
+    stem: &'static str,
     shards: Vec<Vec<StoredTensor>>,
     shard: usize,
     next: usize,
@@ -113,6 +114,11 @@ pub struct ShardWriter {
 impl ShardWriter {
     /// Divides the tensors into shards of at most `shard_bytes`; one that is larger stands alone.
     pub fn new(folder: &Path, plan: Vec<StoredTensor>, shard_bytes: u64) -> Self {
+        ShardWriter::named(folder, "model", plan, shard_bytes)
+    }
+
+    /// As [`ShardWriter::new`], with file names that begin with `stem`.
+    pub fn named(folder: &Path, stem: &'static str, plan: Vec<StoredTensor>, shard_bytes: u64) -> Self {
         let mut shards: Vec<Vec<StoredTensor>> = vec![Vec::new()];
         let mut size = 0u64;
         for t in plan {
@@ -126,7 +132,12 @@ impl ShardWriter {
             }
             size += bytes;
         }
-        ShardWriter { folder: folder.to_owned(), shards, shard: 0, next: 0, out: None, open: None }
+        ShardWriter { folder: folder.to_owned(), stem, shards, shard: 0, next: 0, out: None, open: None }
+    }
+
+    /// Name of the index of several shards.
+    pub fn index_name(&self) -> String {
+        format!("{}.safetensors.index.json", self.stem)
     }
 
     /// Number of shards.
@@ -137,9 +148,9 @@ impl ShardWriter {
     /// File name of shard `i`.
     pub fn file_name(&self, i: usize) -> String {
         if self.shards.len() == 1 {
-            return "model.safetensors".into();
+            return format!("{}.safetensors", self.stem);
         }
-        format!("model-{:05}-of-{:05}.safetensors", i + 1, self.shards.len())
+        format!("{}-{:05}-of-{:05}.safetensors", self.stem, i + 1, self.shards.len())
     }
 
     /// Writes the next planned tensor; gives the name of its file.

@@ -127,26 +127,21 @@ impl<'a> ArtefactWriter<'a> {
     /// Plans the tensors, in the order in which they will come.
     pub fn new(output: &'a Output, plan: Vec<TensorPlan>, shard_bytes: u64) -> Self {
         let types = plan.iter().map(|p| (p.name.clone(), p.ty.to_string())).collect();
-        ArtefactWriter::over(output, plan.iter().map(TensorPlan::stored).collect(), types, shard_bytes)
+        let plan = plan.iter().map(TensorPlan::stored).collect();
+        ArtefactWriter::over(output, ShardWriter::new(&output.folder(), plan, shard_bytes), types)
     }
 
-    /// Plans tensors that have no type of the IR.
-    pub fn stored(output: &'a Output, plan: Vec<StoredTensor>, shard_bytes: u64) -> Self {
+    /// Plans tensors that have no type of the IR, in files whose names begin with `stem`.
+    pub fn stored(output: &'a Output, stem: &'static str, plan: Vec<StoredTensor>, shard_bytes: u64) -> Self {
         let ty = |t: &StoredTensor| {
             let shape: Vec<String> = t.shape.iter().map(ToString::to_string).collect();
             (t.name.clone(), format!("{}[{}]", t.dtype.to_string().to_lowercase(), shape.join(", ")))
         };
         let types = plan.iter().map(ty).collect();
-        ArtefactWriter::over(output, plan, types, shard_bytes)
+        ArtefactWriter::over(output, ShardWriter::named(&output.folder(), stem, plan, shard_bytes), types)
     }
 
-    fn over(
-        output: &'a Output,
-        plan: Vec<StoredTensor>,
-        types: BTreeMap<String, String>,
-        shard_bytes: u64,
-    ) -> Self {
-        let shards = ShardWriter::new(&output.folder(), plan, shard_bytes);
+    fn over(output: &'a Output, shards: ShardWriter, types: BTreeMap<String, String>) -> Self {
         ArtefactWriter { output, shards, types, tensors: BTreeMap::new(), files: BTreeMap::new(), open: None }
     }
 
@@ -208,6 +203,19 @@ impl<'a> ArtefactWriter<'a> {
         Ok(())
     }
 
+    /// Takes in a file that was written into the folder by other means.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn written(&mut self, name: &str) -> Result<(), ArtefactError> {
+        let path = self.output.folder().join(name);
+        let io = |e: std::io::Error| ArtefactError::io(&path, "read", &e);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(std::fs::File::open(&path).map_err(io)?).map_err(io)?;
+        self.files.insert(name.to_owned(), hasher.finalize().to_hex().to_string());
+        Ok(())
+    }
+
     /// Writes the index that tells Hugging Face readers which shard holds a tensor, if there are several.
     ///
     /// # Errors
@@ -220,7 +228,7 @@ impl<'a> ArtefactWriter<'a> {
         let map: BTreeMap<&str, &str> =
             self.tensors.iter().map(|(n, t)| (n.as_str(), t.file.as_str())).collect();
         let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": map });
-        self.file("model.safetensors.index.json", format!("{index:#}\n").as_bytes())
+        self.file(&self.shards.index_name(), format!("{index:#}\n").as_bytes())
     }
 
     /// Writes the manifest.

@@ -3,7 +3,7 @@
 use qrmc_ir::{QuantSpec, ScaleType, WeightSource, words};
 use serde_json::json;
 
-use super::plan::{Plan, bytes, float_head, one_group, parts, scale_bytes, weights_only};
+use super::plan::{Plan, STEM, bytes, float_head, one_group, parts, scale_bytes, weights_only};
 use super::{ExportError, Format, Linear, Part, View};
 use crate::artefact::Dtype;
 
@@ -78,7 +78,8 @@ impl Format for Awq {
         if let Some(l) = view.linears().find(|l| l.bits() < BITS) {
             notes.push(format!("codes of {} bits stand in words of {BITS} bits", l.bits()));
         }
-        let mut keep: Vec<&str> = view.float.iter().map(String::as_str).filter(|n| *n != super::HEAD).collect();
+        let mut keep: Vec<&str> =
+            view.float.iter().map(String::as_str).filter(|n| *n != super::HEAD).collect();
         keep.sort_unstable();
         let quantization = json!({
             "quant_method": "awq",
@@ -89,6 +90,6 @@ impl Format for Awq {
             "modules_to_not_convert": if keep.is_empty() { None } else { Some(keep) },
         });
         let (compute, files) = (Some(ScaleType::F16), Vec::new());
-        Ok(Plan { parts: made, compute, quantization: Some(quantization), files, notes })
+        Ok(Plan { stem: STEM, parts: made, compute, quantization: Some(quantization), files, notes })
     }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use qrmc_ir::{Grain, QuantSpec, WeightSource, words};
 use serde_json::{Map, Value, json};
 
-use super::plan::{Plan, bytes, dtype, no_caches, parts, scale_bytes};
+use super::plan::{Plan, STEM, bytes, dtype, no_caches, parts, scale_bytes};
 use super::{ExportError, Format, Linear, Part, View};
 use crate::artefact::Dtype;
 
@@ -83,7 +83,14 @@ impl Format for CompressedTensors {
             "kv_cache_scheme": null,
         });
         let (files, notes) = (Vec::new(), Vec::new());
-        Ok(Plan { parts: made, compute: Some(scale), quantization: Some(quantization), files, notes })
+        Ok(Plan {
+            stem: STEM,
+            parts: made,
+            compute: Some(scale),
+            quantization: Some(quantization),
+            files,
+            notes,
+        })
     }
 }
 

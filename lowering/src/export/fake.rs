@@ -2,7 +2,7 @@
 
 use qrmc_ir::{Elem, QuantSpec, ScaleType, Tensor, WeightSource};
 
-use super::plan::{Plan, weights_only};
+use super::plan::{Plan, STEM, weights_only};
 use super::{Entry, ExportError, Format, Linear, Part, View};
 use crate::artefact::Dtype;
 
@@ -29,19 +29,17 @@ impl Format for Fake {
         weights_only(view, self.name())?;
         let part = |e: &'a Entry| match e {
             Entry::Plain { stored, plan } => Part::floats(stored, plan, Elem::BF16),
-            Entry::Linear(l) => {
-                Part::of(l, "weight", Dtype::BF16, vec![l.rows, l.cols], move |src, put| {
-                    for from in (0..l.rows).step_by(ROWS) {
-                        let values = l.values(src, from..l.rows.min(from + ROWS))?;
-                        let bytes = Tensor::f32([values.len()], values).to_le_bytes(Elem::BF16);
-                        put(&bytes.map_err(ExportError::fault)?)?;
-                    }
-                    Ok(())
-                })
-            }
+            Entry::Linear(l) => Part::of(l, "weight", Dtype::BF16, vec![l.rows, l.cols], move |src, put| {
+                for from in (0..l.rows).step_by(ROWS) {
+                    let values = l.values(src, from..l.rows.min(from + ROWS))?;
+                    let bytes = Tensor::f32([values.len()], values).to_le_bytes(Elem::BF16);
+                    put(&bytes.map_err(ExportError::fault)?)?;
+                }
+                Ok(())
+            }),
         };
         let parts = view.entries.iter().map(part).collect();
         let (compute, files) = (Some(ScaleType::BF16), Vec::new());
-        Ok(Plan { parts, compute, quantization: None, files, notes: Vec::new() })
+        Ok(Plan { stem: STEM, parts, compute, quantization: None, files, notes: Vec::new() })
     }
 }

@@ -4,7 +4,7 @@
 use qrmc_ir::{QuantSpec, ScaleType, WeightSource, words};
 use serde_json::{Map, Value, json};
 
-use super::plan::{Plan, bytes, dtype, one_group, parts, scale_bytes, weights_only};
+use super::plan::{Plan, STEM, bytes, dtype, one_group, parts, scale_bytes, weights_only};
 use super::{ExportError, Format, HEAD, Linear, Part, View};
 use crate::artefact::Dtype;
 
@@ -89,7 +89,7 @@ impl Format for Gptq {
         let mut text = serde_json::to_vec_pretty(&config).map_err(|e| ExportError::fault(e.to_string()))?;
         text.push(b'\n');
         let files = vec![("quantize_config.json".to_owned(), text)];
-        Ok(Plan { parts: made, compute: Some(scale), quantization: Some(config), files, notes })
+        Ok(Plan { stem: STEM, parts: made, compute: Some(scale), quantization: Some(config), files, notes })
     }
 }
 

@@ -175,9 +175,15 @@ impl Linear {
     }
 
     /// Some rows, rounded to another scheme.
-    fn rounded(&self, src: &dyn WeightSource, to: QuantSpec, rows: Range<usize>) -> Result<Parts, ExportError> {
+    fn rounded(
+        &self,
+        src: &dyn WeightSource,
+        to: QuantSpec,
+        rows: Range<usize>,
+    ) -> Result<Parts, ExportError> {
         let values = self.values(src, rows)?;
-        let mut out = Parts { codes: Vec::with_capacity(values.len()), scales: Vec::new(), zeros: Vec::new() };
+        let mut out =
+            Parts { codes: Vec::with_capacity(values.len()), scales: Vec::new(), zeros: Vec::new() };
         let middle = -to.qmin();
         for run in values.chunks(group(to, self.cols)) {
             let p = grid::qparam(run, to, Rule::MinMax);

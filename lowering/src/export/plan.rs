@@ -1,6 +1,6 @@
 //! What a folder of safetensors will hold, tensor by tensor.
 
-use qrmc_ir::{Elem, QuantSpec, ScaleType, WeightSource};
+use qrmc_ir::{Elem, Op, QuantSpec, ScaleType, WeightSource};
 use serde_json::{Map, Value};
 
 use super::{Entry, ExportError, HEAD, Linear, View};
@@ -75,8 +75,13 @@ impl<'a> Part<'a> {
     }
 }
 
+/// What files of tensors are called where a format does not say.
+pub(super) const STEM: &str = "model";
+
 /// A planned export.
 pub struct Plan<'a> {
+    /// What the names of its files of tensors begin with.
+    pub stem: &'static str,
     /// In the order in which they are written.
     pub parts: Vec<Part<'a>>,
     /// Type in which loaders should compute, if the format says: that of the scales, so that nothing rounds them.
@@ -133,6 +138,11 @@ pub trait Format: Sync {
     /// One line: what it is, and who loads it.
     fn summary(&self) -> &'static str;
 
+    /// Whether the format has a place for an operation that is not in the source's graph. Rounding has one in most.
+    fn sees(&self, op: &Op) -> bool {
+        matches!(op, Op::FakeQuant(..))
+    }
+
     /// The scheme nearest to that of a linear layer which the format holds exactly, if what it has does not fit.
     fn nearest(&self, l: &Linear, src: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError>;
 
@@ -171,8 +181,11 @@ pub(super) fn no_caches(view: &View, format: &str) -> Result<(), ExportError> {
 pub(super) fn float_head(view: &View, format: &str) -> Result<(), ExportError> {
     match view.linears().find(|l| l.name == HEAD) {
         None => Ok(()),
-        Some(l) => Err(ExportError::illegal(format!("the head has codes of {}; {format} readers take it for floats", l.spec()))
-            .hint("compile with head=16; --format compressed-tensors and --format gguf hold a head with codes")),
+        Some(l) => Err(ExportError::illegal(format!(
+            "the head has codes of {}; {format} readers take it for floats",
+            l.spec()
+        ))
+        .hint("compile with head=16; --format compressed-tensors and --format gguf hold a head with codes")),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use qrmc_ir::{Elem, Func, ModelFacts, Module, Node, Op, QuantSpec, ValueId};
+use qrmc_ir::{Elem, Func, ModelFacts, Module, Node, Op, QuantSpec, Real, RopeAttr, ValueId};
 
 use super::ExportError;
 use super::linear::{Codes, Linear, Rounding};
@@ -36,6 +36,10 @@ pub struct View {
     pub untied: bool,
     /// How what enters the caches is rounded, each different one once.
     pub caches: Vec<QuantSpec>,
+    /// Rotary embedding.
+    pub rope: RopeAttr,
+    /// Epsilon of the norms.
+    pub eps: Real,
     /// Linear layers without codes, by module name: `model.layers.0.self_attn.q_proj`.
     pub float: Vec<String>,
 }
@@ -75,8 +79,18 @@ impl View {
         let parted = parted_head(packed, source);
         let mut inputs = Inputs::default();
         packed.funcs.iter().for_each(|f| inputs.read(packed, f, through));
+        let find = |op: fn(&Op) -> bool| {
+            source.funcs.iter().flat_map(|f| &f.nodes).find(|n| op(&n.op)).map(|n| &n.op)
+        };
+        let (Some(&Op::Rope(rope)), Some(&Op::RmsNorm(eps))) =
+            (find(|op| matches!(op, Op::Rope(_))), find(|op| matches!(op, Op::RmsNorm(_))))
+        else {
+            return Err(ExportError::illegal("the model has no rotary embedding or no norm"));
+        };
         let mut v = View {
             facts: packed.facts.clone(),
+            rope,
+            eps,
             entries: Vec::new(),
             untied: parted.is_some(),
             caches: inputs.caches,

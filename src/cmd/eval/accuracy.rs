@@ -25,6 +25,7 @@ pub(super) fn run(args: &EvalArgs, task: &Task, ui: &Ui) -> Result<(), Failure> 
         ("--against", p.against.is_some()),
         ("--ctx", p.ctx.is_some()),
         ("--stride", p.stride.is_some()),
+        ("--last", p.last.is_some()),
         ("--windows", p.windows.is_some()),
         ("--bos", p.bos),
         ("--column", p.column.is_some()),

@@ -68,7 +68,13 @@ pub(super) fn run(args: &EvalArgs, ui: &Ui) -> Result<(), Failure> {
         return Err(Failure::usage(format!("--ctx {ctx}: this model takes 2 to {context} tokens")));
     }
     let stride = p.stride.unwrap_or(ctx);
-    let windows = eval_windows(tokens.len(), ctx, stride, p.windows)?;
+    let mut windows = eval_windows(tokens.len(), ctx, stride, p.windows)?;
+    if let Some(last) = p.last {
+        if last == 0 || last >= ctx {
+            return Err(Failure::usage(format!("--last {last}: a window of {ctx} scores 1 to {}", ctx - 1)));
+        }
+        windows.iter_mut().for_each(|w| w.first_scored = w.first_scored.max(ctx - last));
+    }
     let session = model.session(&engine, ui)?;
     let other = match &p.against {
         None => None,
@@ -94,11 +100,12 @@ pub(super) fn run(args: &EvalArgs, ui: &Ui) -> Result<(), Failure> {
     let seconds = start.elapsed().as_secs_f64();
     ui.clear();
     let protocol = format!(
-        "{}; {}; {bos}; {} tokens; windows of {ctx}, stride {stride}, {} of them, {} predictions",
+        "{}; {}; {bos}; {} tokens; windows of {ctx}, stride {stride}, {} of them{}, {} predictions",
         corpus.describe(),
         join.describe(),
         tokens.len(),
         score.windows,
+        p.last.map(|n| format!(", the last {n} tokens of each")).unwrap_or_default(),
         score.tokens
     );
     if ui.json() {
@@ -106,7 +113,7 @@ pub(super) fn run(args: &EvalArgs, ui: &Ui) -> Result<(), Failure> {
             "task": args.task, "text": path.display().to_string(), "protocol": protocol,
             "perplexity": score.perplexity(), "nll": score.nll / score.tokens.max(1) as f64,
             "kl": score.mean_kl(), "agreement": score.agreement(),
-            "tokens": score.tokens, "windows": score.windows, "ctx": ctx, "stride": stride, "bos": p.bos,
+            "tokens": score.tokens, "windows": score.windows, "ctx": ctx, "stride": stride, "last": p.last, "bos": p.bos,
             "seconds": seconds,
         }));
         return Ok(());
