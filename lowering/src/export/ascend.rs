@@ -8,8 +8,6 @@ use super::plan::{Plan, float_head, no_caches, parts, scale_bytes};
 use super::{Entry, ExportError, Format, Linear, Part, View};
 use crate::artefact::{Dtype, TensorPlan};
 
-/// Rows whose codes are in memory at once.
-const ROWS: usize = 1024;
 /// Largest side of a matrix of a Kronecker pair that the operator takes, from CANN 8.5 on.
 const SIDE: usize = 256;
 /// The same up to CANN 8.3.
@@ -254,8 +252,8 @@ fn linear<'a>(
 ) -> Result<(), ExportError> {
     let middle = 1u8 << (l.bits() - 1);
     out.push(Part::of(l, "weight", Dtype::I8, vec![l.rows, l.cols], move |src, put| {
-        (0..l.rows).step_by(ROWS).try_for_each(|from| {
-            let codes = l.codes(src, from..l.rows.min(from + ROWS))?;
+        l.blocks().try_for_each(|rows| {
+            let codes = l.codes(src, rows)?;
             Ok(put(&codes.iter().map(|q| q.wrapping_sub(middle)).collect::<Vec<u8>>())?)
         })
     }));

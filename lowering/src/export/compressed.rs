@@ -10,9 +10,6 @@ use super::plan::{Plan, STEM, bytes, dtype, no_caches, parts, scale_bytes};
 use super::{ExportError, Format, Linear, Part, View};
 use crate::artefact::Dtype;
 
-/// Rows whose codes are in memory at once.
-const ROWS: usize = 1024;
-
 /// See the module.
 pub(super) struct CompressedTensors;
 
@@ -138,10 +135,7 @@ fn packed<'a>(l: &'a Linear, out: &mut Vec<Part<'a>>) {
     let (bits, groups) = (l.bits(), l.groups());
     let in_words = words::word_count(l.cols, bits);
     out.push(Part::of(l, "weight_packed", Dtype::I32, vec![l.rows, in_words], move |src, put| {
-        by_rows(l, |rows| {
-            let codes = l.codes(src, rows)?;
-            Ok(put(&bytes(&words::pack_rows(&codes, l.cols, bits)))?)
-        })
+        l.blocks().try_for_each(|rows| Ok(put(&bytes(&l.words(src, rows, bits)?))?))
     }));
     if l.spec().zero {
         let out_words = words::word_count(l.rows, bits);
@@ -161,18 +155,11 @@ fn plain<'a>(l: &'a Linear, out: &mut Vec<Part<'a>>) {
     let middle = 1u8 << (l.bits() - 1);
     let signed = move |codes: Vec<u8>| codes.iter().map(|q| q.wrapping_sub(middle)).collect::<Vec<u8>>();
     out.push(Part::of(l, "weight", Dtype::I8, vec![l.rows, l.cols], move |src, put| {
-        by_rows(l, |rows| Ok(put(&signed(l.codes(src, rows)?))?))
+        l.blocks().try_for_each(|rows| Ok(put(&signed(l.codes(src, rows)?))?))
     }));
     if l.spec().zero {
         out.push(Part::of(l, "weight_zero_point", Dtype::I8, vec![l.rows, l.groups()], move |src, put| {
             Ok(put(&signed(l.zeros(src)?))?)
         }));
     }
-}
-
-fn by_rows(
-    l: &Linear,
-    mut f: impl FnMut(std::ops::Range<usize>) -> Result<(), ExportError>,
-) -> Result<(), ExportError> {
-    (0..l.rows).step_by(ROWS).try_for_each(|from| f(from..l.rows.min(from + ROWS)))
 }

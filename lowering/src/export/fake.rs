@@ -6,9 +6,6 @@ use super::plan::{Plan, STEM, weights_only};
 use super::{Entry, ExportError, Format, Linear, Part, View};
 use crate::artefact::Dtype;
 
-/// Rows that are in memory at once.
-const ROWS: usize = 1024;
-
 /// De-quantized weights: see the module.
 pub struct Fake;
 
@@ -30,8 +27,8 @@ impl Format for Fake {
         let part = |e: &'a Entry| match e {
             Entry::Plain { stored, plan } => Part::floats(stored, plan, Elem::BF16),
             Entry::Linear(l) => Part::of(l, "weight", Dtype::BF16, vec![l.rows, l.cols], move |src, put| {
-                for from in (0..l.rows).step_by(ROWS) {
-                    let values = l.values(src, from..l.rows.min(from + ROWS))?;
+                for rows in l.blocks() {
+                    let values = l.values(src, rows)?;
                     let bytes = Tensor::f32([values.len()], values).to_le_bytes(Elem::BF16);
                     put(&bytes.map_err(ExportError::fault)?)?;
                 }

@@ -14,6 +14,9 @@ pub(super) struct Gptq {
     pub(super) v2: bool,
 }
 
+/// Lines of words that are written at once.
+const LINES: usize = 64;
+
 /// Bits of the words that hold codes of some bits.
 fn stored_bits(bits: u8) -> u8 {
     match bits {
@@ -65,8 +68,18 @@ impl Format for Gptq {
             let (groups, in_words) = (l.groups(), words::word_count(l.cols, bits));
             let out_words = words::word_count(l.rows, bits);
             out.push(Part::of(l, "qweight", Dtype::I32, vec![in_words, l.rows], move |src, put| {
-                let packed = words::pack_rows(&l.codes(src, 0..l.rows)?, l.cols, bits);
-                Ok(put(&bytes(&words::transposed(&packed, l.rows, in_words)))?)
+                let mut packed = Vec::with_capacity(l.rows * in_words);
+                l.blocks().try_for_each(|rows| {
+                    packed.extend(l.words(src, rows, bits)?);
+                    Ok::<_, ExportError>(())
+                })?;
+                // Some lines of all outputs at a time: the matrix is not there twice.
+                for from in (0..in_words).step_by(LINES) {
+                    let lines = from..in_words.min(from + LINES);
+                    let line = |w: usize| (0..l.rows).map(move |row| row * in_words + w);
+                    put(&bytes(&lines.flat_map(line).map(|at| packed[at]).collect::<Vec<_>>()))?;
+                }
+                Ok(())
             }));
             out.push(Part::of(l, "qzeros", Dtype::I32, vec![groups, out_words], move |src, put| {
                 let zeros = words::transposed(&l.zeros(src)?, l.rows, groups);

@@ -2,9 +2,12 @@
 
 use std::ops::Range;
 
-use qrmc_ir::{Data, Elem, Grain, QuantSpec, Rule, ScaleType, Tensor, WeightSource, grid, pack};
+use qrmc_ir::{Data, Elem, Grain, QuantSpec, Rule, ScaleType, Tensor, WeightSource, grid, pack, words};
 
 use super::ExportError;
+
+/// Rows that are in memory at once.
+const ROWS: usize = 1024;
 
 /// Names of the parts of a quantized weight, and its scheme.
 #[derive(Clone, Debug)]
@@ -61,6 +64,12 @@ pub struct Parts {
 }
 
 impl Linear {
+    /// Its rows, as many at a time as are in memory at once.
+    pub fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let rows = self.rows;
+        (0..rows).step_by(ROWS).map(move |from| from..rows.min(from + ROWS))
+    }
+
     /// The scheme in which it is written.
     pub fn spec(&self) -> QuantSpec {
         self.target.unwrap_or(self.codes.spec)
@@ -104,7 +113,8 @@ impl Linear {
     pub fn scales(&self, src: &dyn WeightSource) -> Result<Vec<f32>, ExportError> {
         match self.target {
             Some(target) if differs(target, self.codes.spec) => {
-                Ok(self.rounded(src, target, 0..self.rows)?.scales)
+                let parts = self.blocks().map(|rows| Ok(self.rounded(src, target, rows)?.scales));
+                Ok(parts.collect::<Result<Vec<_>, ExportError>>()?.concat())
             }
             Some(target) => Ok(self.stored_scales(src)?.iter().map(|&s| target.scale.round(s)).collect()),
             None => self.stored_scales(src),
@@ -118,10 +128,32 @@ impl Linear {
     pub fn zeros(&self, src: &dyn WeightSource) -> Result<Vec<u8>, ExportError> {
         match self.target {
             Some(target) if differs(target, self.codes.spec) => {
-                Ok(self.rounded(src, target, 0..self.rows)?.zeros)
+                let parts = self.blocks().map(|rows| Ok(self.rounded(src, target, rows)?.zeros));
+                Ok(parts.collect::<Result<Vec<_>, ExportError>>()?.concat())
             }
             _ => self.stored_zeros(src),
         }
+    }
+
+    /// Codes of some rows, each row packed into words of `bits` bits a code: `[rows, word_count(cols)]`.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn words(
+        &self,
+        src: &dyn WeightSource,
+        rows: Range<usize>,
+        bits: u8,
+    ) -> Result<Vec<u32>, ExportError> {
+        let anew = self.target.is_some_and(|t| differs(t, self.codes.spec));
+        if anew || bits != self.codes.spec.bits || !(self.cols * usize::from(bits)).is_multiple_of(32) {
+            return Ok(words::pack_rows(&self.codes(src, rows)?, self.cols, bits));
+        }
+        // The dense storage of a row is these words.
+        let raw = src.raw(&self.codes.codes)?;
+        let each = self.cols * usize::from(bits) / 8;
+        let bytes = raw.bytes[rows.start * each..rows.end * each].as_chunks::<4>().0;
+        Ok(bytes.iter().map(|b| u32::from_le_bytes(*b)).collect())
     }
 
     fn stored_codes(&self, src: &dyn WeightSource, rows: Range<usize>) -> Result<Vec<u8>, ExportError> {
@@ -203,12 +235,16 @@ impl Linear {
         if self.target.is_none() {
             return Ok(0.0);
         }
-        let have = self.values(src, 0..self.rows)?;
-        let codes = self.codes(src, 0..self.rows)?;
-        let made = values(&codes, &self.scales(src)?, &self.zeros(src)?, self.group());
+        let (scales, zeros) = (self.scales(src)?, self.zeros(src)?);
         let square = |x: f32| f64::from(x) * f64::from(x);
-        let error: f64 = have.iter().zip(&made).map(|(&a, &b)| square(a - b)).sum();
-        let size: f64 = have.iter().map(|&a| square(a)).sum();
+        let (mut error, mut size) = (0.0, 0.0);
+        for rows in self.blocks() {
+            let from = rows.start * self.groups();
+            let have = self.values(src, rows.clone())?;
+            let made = values(&self.codes(src, rows)?, &scales[from..], &zeros[from..], self.group());
+            error += have.iter().zip(&made).map(|(&a, &b)| square(a - b)).sum::<f64>();
+            size += have.iter().map(|&a| square(a)).sum::<f64>();
+        }
         Ok(if size > 0.0 { (error / size).sqrt() } else { 0.0 })
     }
 

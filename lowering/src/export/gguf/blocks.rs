@@ -6,9 +6,6 @@ use qrmc_ir::{ScaleType, WeightSource};
 use super::{BLOCK, NAME};
 use crate::export::{ExportError, Linear};
 
-/// Rows that are looked at at once.
-const ROWS: usize = 1024;
-
 /// A block type, smallest first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Block {
@@ -117,9 +114,10 @@ pub(super) fn choose(l: &Linear, src: &dyn WeightSource) -> Result<Block, Export
     let (scales, zeros) = (l.scales(src)?, l.zeros(src)?);
     let (group, groups) = (l.group(), l.groups());
     let (mut low, mut high) = (0i16, 0i16);
-    for from in (0..l.rows).step_by(ROWS) {
-        let codes = l.codes(src, from..l.rows.min(from + ROWS))?;
-        for (run, &zero) in codes.chunks(group).zip(&zeros[from * groups..]) {
+    for rows in l.blocks() {
+        let from = rows.start * groups;
+        let codes = l.codes(src, rows)?;
+        for (run, &zero) in codes.chunks(group).zip(&zeros[from..]) {
             for &code in run {
                 let q = i16::from(code) - i16::from(zero);
                 (low, high) = (low.min(q), high.max(q));
