@@ -48,6 +48,14 @@ impl Fake {
                     .hint("compile without --emit fake: the artefact keeps the whole graph"));
             }
         }
+        // A quantized source may round inputs, which an ordinary checkpoint cannot say.
+        let rounds = |f: &&Func| f.nodes.iter().any(|n| matches!(n.op, Op::FakeQuant(..)));
+        if let Some(f) = packed.funcs.iter().find(rounds) {
+            let m =
+                format!("@{} rounds inputs of linear layers: an ordinary checkpoint cannot hold it", f.name);
+            return Err(Failure::new(ILLEGAL, m)
+                .hint("compile without --emit fake: the artefact keeps the whole graph"));
+        }
         let parted = parted_head(packed, source);
         let mut tensors = Vec::new();
         for w in packed.weights() {
@@ -60,7 +68,7 @@ impl Fake {
                 continue;
             }
             let name = w.name.strip_suffix(".codes").unwrap_or(&w.name);
-            let Some(original) = source.find_weight(name) else {
+            let Some(original) = source.find_weight(name).or_else(|| source.find_weight(&w.name)) else {
                 return Err(Failure::new(
                     ILLEGAL,
                     format!("tensor `{name}` has no place in an ordinary checkpoint"),
@@ -84,6 +92,7 @@ impl Fake {
         // transformers 5 writes `dtype`, earlier ones `torch_dtype`; whichever is there is set.
         let key = if o.contains_key("dtype") { "dtype" } else { "torch_dtype" };
         o.insert(key.into(), Value::String("bfloat16".into()));
+        o.shift_remove("quantization_config");
         if self.untied {
             o.insert("tie_word_embeddings".into(), Value::Bool(false));
         }
