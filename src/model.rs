@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use qrmc_frontends::{Checkpoint, SideFile};
+use qrmc_frontends::{Checkpoint, Integers, SideFile};
 use qrmc_ir::{Module, WeightSource};
 use qrmc_lowering::artefact::{Artefact, Check, Manifest, SourceInfo, is_artefact};
 use qrmc_runtime::engine::CpuEngine;
@@ -28,6 +28,8 @@ pub(crate) struct Model {
     pub(crate) format: String,
     /// Configuration, tokenizer and template files.
     pub(crate) files: Vec<SideFile>,
+    /// What the user should know about the way the weights were taken.
+    pub(crate) notes: Vec<String>,
     /// Of an artefact.
     pub(crate) manifest: Option<Manifest>,
     /// The layout file of an artefact that was opened to be run, until it is.
@@ -75,21 +77,27 @@ enum Purpose {
 }
 
 /// Opens a model. The hashes of all tensors of an artefact are checked on the engine's threads.
+/// A checkpoint's integers are kept.
 pub(crate) fn open(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
-    open_for(path, engine, Purpose::Look)
+    open_for(path, engine, Integers::Keep, Purpose::Look)
+}
+
+/// As [`open`], with a checkpoint's integers taken as said.
+pub(crate) fn open_as(path: &Path, engine: &CpuEngine, integers: Integers) -> Result<Model, Failure> {
+    open_for(path, engine, integers, Purpose::Look)
 }
 
 /// As [`open`], to be run: tensors of an artefact whose layouts are in a good layout file are not read.
 pub(crate) fn open_to_run(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
-    open_for(path, engine, Purpose::Run)
+    open_for(path, engine, Integers::Keep, Purpose::Run)
 }
 
 /// As [`open`], to be read from one end to the other: each tensor's hash is checked when it is first read.
 pub(crate) fn open_to_pass(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
-    open_for(path, engine, Purpose::Pass)
+    open_for(path, engine, Integers::Keep, Purpose::Pass)
 }
 
-fn open_for(path: &Path, engine: &CpuEngine, purpose: Purpose) -> Result<Model, Failure> {
+fn open_for(path: &Path, engine: &CpuEngine, integers: Integers, purpose: Purpose) -> Result<Model, Failure> {
     if is_artefact(path) {
         let spread = |n: usize, check: &Check<'_>| {
             engine.with_machine(|pool, _| pool.map(n, check)).into_iter().collect::<Result<(), _>>()
@@ -112,11 +120,12 @@ fn open_for(path: &Path, engine: &CpuEngine, purpose: Purpose) -> Result<Model, 
             checkpoint: None,
             format: "qrmc artefact".into(),
             files,
+            notes: Vec::new(),
             manifest: Some(manifest),
             layouts: Mutex::new(layouts),
         });
     }
-    let imported = qrmc_frontends::import(path)?;
+    let imported = qrmc_frontends::import(path, integers)?;
     let checkpoint: Arc<dyn Checkpoint> = imported.source.weights.into();
     Ok(Model {
         path: path.to_owned(),
@@ -125,12 +134,23 @@ fn open_for(path: &Path, engine: &CpuEngine, purpose: Purpose) -> Result<Model, 
         checkpoint: Some(checkpoint),
         format: imported.source.format,
         files: imported.source.files,
+        notes: imported.source.notes,
         manifest: None,
         layouts: Mutex::default(),
     })
 }
 
 impl Model {
+    /// Tells what should be known about the way the weights were taken.
+    pub(crate) fn tell(&self, ui: &Ui) {
+        self.notes.iter().for_each(|n| ui.note(n));
+    }
+
+    /// Whether some weights are codes.
+    pub(crate) fn is_quantized(&self) -> bool {
+        self.module.weights().iter().any(|w| matches!(w.ty.elem, qrmc_ir::Elem::Quant(_)))
+    }
+
     /// Name for people and for output folders.
     pub(crate) fn name(&self) -> String {
         let full = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());

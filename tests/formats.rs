@@ -126,19 +126,19 @@ pub(crate) fn gptq(x: &Exported, name: &str, rows: usize, cols: usize) -> Matrix
     let (mut qzeros, zshape) = x.words(&format!("{name}.qzeros"));
     let groups = zshape[0];
     assert_eq!(zshape[1], rows * bits / 32);
-    if x.config["quantization_config"]["checkpoint_format"] == "gptq" {
+    let first = x.config["quantization_config"]["checkpoint_format"] == "gptq";
+    if first && 32usize.is_multiple_of(bits) {
         // A field of ones at every position, added to the word as a whole.
-        for (at, word) in qzeros.iter_mut().enumerate() {
-            let first = at % zshape[1] * 32;
-            let ones = (0..32).filter(|b| (first + b).is_multiple_of(bits)).fold(0u32, |w, b| w | 1 << b);
-            *word = word.wrapping_add(ones);
-        }
+        let ones = (0..32).step_by(bits).fold(0u32, |w, b| w | 1 << b);
+        qzeros.iter_mut().for_each(|w| *w = w.wrapping_add(ones));
     }
+    // Fields that cross words are lessened each on its own.
+    let one = u32::from(first && !32usize.is_multiple_of(bits));
     let (scales, _) = x.floats(&format!("{name}.scales"));
     let (g_idx, _) = x.words(&format!("{name}.g_idx"));
     let group = cols / groups;
     assert!(g_idx.iter().enumerate().all(|(i, &g)| g as usize == i / group));
-    let zero = |g: usize, out: usize| field(&|w| qzeros[g * zshape[1] + w], out, bits);
+    let zero = |g: usize, out: usize| (field(&|w| qzeros[g * zshape[1] + w], out, bits) + one) % (1 << bits);
     Matrix {
         rows,
         cols,

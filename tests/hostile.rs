@@ -139,10 +139,10 @@ fn configurations_that_would_have_to_be_ignored() {
         1,
         &["dynamic", "yarn"],
     );
-    Model::of(LLAMA).config(|c| c["quantization_config"] = json!({"quant_method": "awq"})).refused(
+    Model::of(LLAMA).config(|c| c["quantization_config"] = json!({"quant_method": "hqq"})).refused(
         &RTN,
         1,
-        &["quantized already", "awq"],
+        &["config.json", "quant_method", "hqq"],
     );
     let m = Model::of(LLAMA);
     std::fs::write(m.path("config.json"), "{").unwrap();

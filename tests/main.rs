@@ -15,6 +15,8 @@ mod methods;
 mod numerics;
 mod parity;
 mod passes;
+mod quantized;
+mod quantized_hostile;
 mod resume;
 mod roundtrip;
 mod run;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use qrmc_frontends::Imported;
+use qrmc_frontends::{Imported, Integers};
 use qrmc_ir::{Elem, Tensor};
 
 /// A path under `tests/data`.
@@ -16,7 +16,7 @@ pub(crate) const FIXTURES: [&str; 5] =
     ["llama-gqa-rope3", "llama-mha-tied", "qwen2-bias-tied", "qwen2-bias-untied", "qwen3-qknorm"];
 
 pub(crate) fn import(name: &str) -> Imported {
-    qrmc_frontends::import(&data(name)).unwrap()
+    qrmc_frontends::import(&data(name), Integers::Keep).unwrap()
 }
 
 /// The tensors of a fixture's `reference.safetensors`.

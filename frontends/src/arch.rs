@@ -232,13 +232,6 @@ impl Reader<'_> {
             return self
                 .fail(format!("`partial_rotary_factor` is {f}"), "only full rotary embedding is understood");
         }
-        if let Some(q) = self.get("quantization_config") {
-            let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-            return self.fail(
-                format!("the checkpoint is quantized already (`quantization_config`, method {method})"),
-                "start from the float checkpoint",
-            );
-        }
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use qrmc_ir::{TensorType, WeightSource};
+use qrmc_ir::{QuantSpec, TensorType, WeightSource};
 use serde_json::Value;
 
 /// A [`WeightSource`] that can say what it holds, under Hugging Face tensor names.
@@ -12,6 +12,17 @@ pub trait Checkpoint: WeightSource {
 
     /// The files that hold the weights, in order: what identifies the source is their content.
     fn weight_files(&self) -> Vec<PathBuf>;
+
+    /// How the input of the linear layer with this weight is rounded when the model runs, where the checkpoint asks for it.
+    fn rounded_input(&self, weight: &str) -> Option<QuantSpec> {
+        let _ = weight;
+        None
+    }
+
+    /// Whether tensors are handed out in another form than the files hold them in, so that each is a copy.
+    fn converts(&self) -> bool {
+        false
+    }
 }
 
 /// A file that travels with the model byte for byte, such as `tokenizer.json`.
@@ -27,7 +38,7 @@ pub struct SideFile {
 pub struct Opened {
     /// File or folder that was named by the user.
     pub path: PathBuf,
-    /// Format, for people: `"Hugging Face folder"`, `"GGUF v3"`.
+    /// Format, for people: `"Hugging Face folder"`, `"Hugging Face folder, AWQ"`, `"GGUF v3"`.
     pub format: String,
     /// The Hugging Face `config.json`, read or rebuilt.
     pub config: Value,
@@ -35,4 +46,6 @@ pub struct Opened {
     pub weights: Box<dyn Checkpoint>,
     /// `config.json`, `generation_config.json`, tokenizer and template files.
     pub files: Vec<SideFile>,
+    /// What the user should know about the way the weights were taken, in sentences.
+    pub notes: Vec<String>,
 }

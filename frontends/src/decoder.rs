@@ -6,8 +6,8 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use qrmc_ir::{
-    AttnAttr, BinaryOp, Builder, Diag, Dim, Elem, Func, Module, NoWeights, Op, RawWeight, Real, Shape, Sym,
-    TensorType, ValueId, WeightError, WeightSource,
+    AttnAttr, BinaryOp, Builder, Diag, Dim, Elem, Func, Module, NoWeights, Op, QuantSpec, RawWeight, Real,
+    Rule, Shape, Sym, TensorType, ValueId, WeightError, WeightSource,
 };
 
 use crate::arch::DecoderConfig;
@@ -28,10 +28,10 @@ pub(crate) fn build(
     let f = embed(&module).map_err(internal)?;
     module.funcs.push(f);
     for i in 0..config.facts.layers {
-        let f = layer(&module, config, i).map_err(internal)?;
+        let f = layer(&module, config, weights, i).map_err(internal)?;
         module.funcs.push(f);
     }
-    let f = head(&module, config).map_err(internal)?;
+    let f = head(&module, config, weights).map_err(internal)?;
     module.funcs.push(f);
     let f = main(&module).map_err(internal)?;
     module.funcs.push(f);
@@ -102,7 +102,13 @@ fn declare(
 ) -> Result<(), ImportError> {
     let have: HashMap<String, TensorType> = weights.tensors().into_iter().collect();
     let want = expected(config);
+    let mut used: HashSet<String> = HashSet::new();
     for (name, shape) in &want {
+        used.insert(name.clone());
+        if have.contains_key(&format!("{name}.codes")) {
+            declare_codes(module, path, name, shape, &have, &mut used)?;
+            continue;
+        }
         let Some(ty) = have.get(name) else {
             return Err(ImportError::new(path, format!("tensor `{name}` is missing")).hint(
                 "the configuration calls for it; is a shard missing, or is this another model's config.json?",
@@ -123,9 +129,15 @@ fn declare(
             return Err(ImportError::new(path, format!("tensor `{name}` is listed as {ty} and as {other}")));
         }
     }
-    let want: HashSet<&str> = want.iter().map(|(n, _)| n.as_str()).collect();
-    let mut extra: Vec<&str> = have.keys().map(String::as_str).filter(|n| !want.contains(n)).collect();
+    let mut extra: Vec<&str> = have.keys().map(String::as_str).filter(|n| !used.contains(*n)).collect();
     extra.retain(|n| !n.ends_with(".rotary_emb.inv_freq"));
+    if config.tied && extra.contains(&"lm_head.weight.codes") {
+        return Err(ImportError::new(
+            path,
+            "`tie_word_embeddings` is true but the head has codes of its own",
+        )
+        .hint("set it to false: the quantized head is another matrix than the embedding"));
+    }
     if config.tied && extra.contains(&"lm_head.weight") {
         extra.retain(|n| *n != "lm_head.weight");
         tied_head_is_the_embedding(path, weights)?;
@@ -143,6 +155,33 @@ fn declare(
                 .hint("ignoring a tensor would change the model; config.json may be wrong"))
         }
     }
+}
+
+/// Declares codes, scales and zero points of the weight `name`, which a checkpoint hands out in its place.
+fn declare_codes(
+    module: &mut Module,
+    path: &Path,
+    name: &str,
+    shape: &[u64],
+    have: &HashMap<String, TensorType>,
+    used: &mut HashSet<String>,
+) -> Result<(), ImportError> {
+    for end in [".codes", ".scale", ".zero"] {
+        let part = format!("{name}{end}");
+        let Some(ty) = have.get(&part) else { continue };
+        let shape = Shape(shape.iter().map(|&n| Dim::Fixed(n)).collect());
+        if end == ".codes" && ty.shape != shape {
+            let what = format!("the codes of `{name}` are {}, the configuration says {shape}", ty.shape);
+            return Err(
+                ImportError::new(path, what).hint("config.json and the weights belong to different models")
+            );
+        }
+        if let Err(other) = module.declare(&part, ty.clone()) {
+            return Err(ImportError::new(path, format!("tensor `{part}` is listed as {ty} and as {other}")));
+        }
+        used.insert(part);
+    }
+    Ok(())
 }
 
 fn tied_head_is_the_embedding(path: &Path, weights: &dyn Checkpoint) -> Result<(), ImportError> {
@@ -174,11 +213,35 @@ fn tokens() -> TensorType {
     TensorType::new(Elem::I32, vec![Sym::B.into(), Sym::S.into()])
 }
 
+/// The value of a weight: itself, or what its codes stand for.
 fn weight(b: &mut Builder<'_>, name: &str) -> Result<ValueId, Diag> {
-    match b.module().find_weight(name) {
-        Some(id) => Ok(b.weight(id)),
-        None => Err(Diag::new("Q0107", format!("weight @{name} is not declared"))),
+    let module = b.module();
+    if let Some(id) = module.find_weight(name) {
+        return Ok(b.weight(id));
     }
+    let part = |end: &str| module.find_weight(&format!("{name}{end}"));
+    let parts: Vec<ValueId> =
+        [".codes", ".scale", ".zero"].into_iter().filter_map(part).map(|id| b.weight(id)).collect();
+    match parts.is_empty() {
+        true => Err(Diag::new("Q0107", format!("weight @{name} is not declared"))),
+        false => b.op1(Op::DCast, &parts),
+    }
+}
+
+/// The input of a linear layer as the checkpoint has it rounded. Layers that read one value and round it alike share it.
+fn rounded(
+    b: &mut Builder<'_>,
+    x: ValueId,
+    spec: Option<QuantSpec>,
+    made: &mut Vec<(ValueId, QuantSpec, ValueId)>,
+) -> Result<ValueId, Diag> {
+    let Some(spec) = spec else { return Ok(x) };
+    if let Some((.., y)) = made.iter().find(|(of, by, _)| (*of, *by) == (x, spec)) {
+        return Ok(*y);
+    }
+    let y = b.op1(Op::FakeQuant(spec, Rule::Dynamic), &[x])?;
+    made.push((x, spec, y));
+    Ok(y)
 }
 
 fn embed(module: &Module) -> Result<Func, Diag> {
@@ -195,6 +258,9 @@ struct Layer<'b, 'm> {
     b: &'b mut Builder<'m>,
     prefix: String,
     config: &'b DecoderConfig,
+    weights: &'b dyn Checkpoint,
+    /// Inputs of linear layers that are rounded already: of what, how, and the result.
+    rounded: Vec<(ValueId, QuantSpec, ValueId)>,
 }
 
 impl Layer<'_, '_> {
@@ -223,6 +289,8 @@ impl Layer<'_, '_> {
         name: &str,
         biased: &str,
     ) -> Result<ValueId, Diag> {
+        let input = self.weights.rounded_input(&format!("{}.{module}.weight", self.prefix));
+        let x = rounded(self.b, x, input, &mut self.rounded)?;
         let w = self.weight(&format!("{module}.weight"))?;
         let y = self.named(Op::MatMul { trans_b: true }, &[x, w], name)?;
         if !bias {
@@ -244,14 +312,15 @@ impl Layer<'_, '_> {
     }
 }
 
-fn layer(module: &Module, config: &DecoderConfig, i: u64) -> Result<Func, Diag> {
+fn layer(module: &Module, config: &DecoderConfig, weights: &dyn Checkpoint, i: u64) -> Result<Func, Diag> {
     let f = &config.facts;
     let mut b = Builder::new(module, &format!("layer{i}"));
     let x = b.param(Some("x"), stream(module));
     let pos = b.param(Some("pos"), positions());
     let k_past = b.param(Some("k_past"), past(module));
     let v_past = b.param(Some("v_past"), past(module));
-    let mut l = Layer { b: &mut b, prefix: format!("model.layers.{i}"), config };
+    let prefix = format!("model.layers.{i}");
+    let mut l = Layer { b: &mut b, prefix, config, weights, rounded: Vec::new() };
 
     let attn_in = l.norm(x, "input_layernorm", "attn_in")?;
     let mut q = l.linear(attn_in, "self_attn.q_proj", config.qkv_bias, "q_proj", "q")?;
@@ -287,15 +356,16 @@ fn layer(module: &Module, config: &DecoderConfig, i: u64) -> Result<Func, Diag> 
     Ok(b.finish(&[y, k_all, v_all]))
 }
 
-fn head(module: &Module, config: &DecoderConfig) -> Result<Func, Diag> {
+fn head(module: &Module, config: &DecoderConfig, weights: &dyn Checkpoint) -> Result<Func, Diag> {
     let mut b = Builder::new(module, "head");
     let x = b.param(Some("x"), stream(module));
     let gain = weight(&mut b, "model.norm.weight")?;
     let normed = b.op1(Op::RmsNorm(config.eps), &[x, gain])?;
     b.name(normed, "head_in");
     let table = if config.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+    let x = rounded(&mut b, normed, weights.rounded_input(table), &mut Vec::new())?;
     let table = weight(&mut b, table)?;
-    let logits = b.linear(normed, table)?;
+    let logits = b.linear(x, table)?;
     b.name(logits, "logits");
     Ok(b.finish(&[logits]))
 }

@@ -1,4 +1,4 @@
-//! Checkpoints become modules: Hugging Face folders and GGUF files.
+//! Checkpoints become modules: Hugging Face folders and GGUF files, in floats or quantized.
 //!
 //! Weights stay where they are; files are mapped, and headers are checked before anything is believed.
 
@@ -8,6 +8,7 @@ mod decoder;
 mod error;
 pub mod gguf;
 pub mod hf;
+mod quantized;
 
 use std::path::Path;
 
@@ -15,7 +16,20 @@ pub use arch::{ARCHS, ArchSpec, DecoderConfig, When, read_config};
 pub use checkpoint::{Checkpoint, Opened, SideFile};
 pub use error::ImportError;
 use qrmc_ir::Module;
+pub use quantized::QuantizedFolder;
 use serde_json::Value;
+
+/// What becomes of weights that a checkpoint stores as integer codes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Integers {
+    /// Codes, scales and zero points are taken as they are, where the IR can say them.
+    Keep,
+    /// The values that they stand for are taken: what passes start from.
+    Dequantize,
+}
+
+/// What is noted where codes would have been kept.
+const DEQUANTIZED: &str = "the checkpoint's integers are de-quantized, because passes start from floats";
 
 /// An imported model.
 pub struct Imported {
@@ -29,20 +43,20 @@ pub struct Imported {
 ///
 /// # Errors
 /// If it is neither, or its headers do not hold together.
-pub fn open(path: &Path) -> Result<Opened, ImportError> {
+pub fn open(path: &Path, integers: Integers) -> Result<Opened, ImportError> {
     let meta = std::fs::metadata(path).map_err(|e| {
         ImportError::io(path, "open", &e)
             .hint("MODEL is a Hugging Face folder (with config.json) or a GGUF file")
     })?;
-    if meta.is_dir() { hf::open_folder(path) } else { gguf::open_file(path) }
+    if meta.is_dir() { hf::open_folder(path, integers) } else { gguf::open_file(path, integers) }
 }
 
 /// Opens a checkpoint and builds its module.
 ///
 /// # Errors
 /// As [`open`]; also if the architecture is unknown or tensors and configuration contradict each other.
-pub fn import(path: &Path) -> Result<Imported, ImportError> {
-    let source = open(path)?;
+pub fn import(path: &Path, integers: Integers) -> Result<Imported, ImportError> {
+    let source = open(path, integers)?;
     let config = read_config(path, &source.config)?;
     let module = decoder::build(path, &config, &*source.weights)?;
     Ok(Imported { module, source })

@@ -92,8 +92,8 @@ pub fn from_awq_order(codes: &mut [u8]) {
 }
 
 /// The zero points of GPTQ's first format: each word less the constant whose every field is 1, with wrap-around over
-/// the whole word, so that a zero point of 0 borrows from its neighbour. `bits` is 2, 4 or 8, or 3 with words that
-/// belong to a dense stream.
+/// the whole word, so that a zero point of 0 borrows from its neighbour. Fields that cross words (3 bits) are lessened
+/// each on its own, 0 to 7, as GPTQModel does.
 pub fn less_one(words: &mut [u32], cols: usize, bits: u8) {
     shift_zeros(words, cols, bits, u32::wrapping_sub);
 }
@@ -104,7 +104,14 @@ pub fn plus_one(words: &mut [u32], cols: usize, bits: u8) {
 }
 
 fn shift_zeros(words: &mut [u32], cols: usize, bits: u8, f: fn(u32, u32) -> u32) {
-    // A period of ones covers whole words after `bits` of them; what lies behind the last code stays 0.
+    if !32u8.is_multiple_of(bits) {
+        let mask = (1u32 << bits) - 1;
+        let shifted: Vec<u8> =
+            unpack_rows(words, cols, bits).into_iter().map(|z| (f(u32::from(z), 1) & mask) as u8).collect();
+        words.copy_from_slice(&pack_rows(&shifted, cols, bits));
+        return;
+    }
+    // What lies behind the last code stays 0.
     let ones = pack_rows(&vec![1; cols], cols, bits);
     for row in words.chunks_exact_mut(ones.len().max(1)) {
         for (word, &one) in row.iter_mut().zip(&ones) {
@@ -155,6 +162,17 @@ mod tests {
             plus_one(&mut words, 8, 4);
             assert_eq!(words, [stored]);
         }
+    }
+
+    #[test]
+    fn zero_points_that_cross_words_are_lessened_alone() {
+        let zeros: Vec<u8> = (0..32).map(|i| (i * 7 % 8) as u8).collect();
+        let mut words = pack_rows(&zeros, 32, 3);
+        less_one(&mut words, 32, 3);
+        let want: Vec<u8> = zeros.iter().map(|z| z.wrapping_sub(1) & 7).collect();
+        assert_eq!(unpack_rows(&words, 32, 3), want);
+        plus_one(&mut words, 32, 3);
+        assert_eq!(unpack_rows(&words, 32, 3), zeros);
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<(), Failure> {
     let engine = super::engine(&args.machine)?;
     let start = Instant::now();
     let model = model::open_to_run(&args.model, &engine)?;
+    model.tell(ui);
     let session = model.session(&engine, ui)?;
     let load = start.elapsed().as_secs_f64();
     let (private, mapped) = (private_bytes(), mapped_bytes());

@@ -14,6 +14,7 @@ pub(crate) fn run(args: &CheckArgs, ui: &Ui) -> Result<(), Failure> {
     }
     let engine = super::engine(&args.machine)?;
     let model = model::open(&args.model, &engine)?;
+    model.tell(ui);
     let parity =
         Parity::of_model(&engine, &model.module, &*model.weights, args.tokens, args.seed, Extent::ALL)?;
     if ui.json() {

@@ -83,11 +83,12 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     });
     let engine = super::engine(&args.machine)?;
     let path = model::locate(args.model.as_deref())?;
-    let model = model::open(&path, &engine)?;
+    let model = model::open_as(&path, &engine, super::recipe::integers(args)?)?;
     if model.checkpoint.is_none() {
         return Err(Failure::usage(format!("{} is an artefact already", path.display()))
             .hint("compile starts from a Hugging Face folder or a GGUF file"));
     }
+    model.tell(ui);
     let settings = Settings::decide(args, &model)?;
     let target = args.output.clone().unwrap_or_else(|| settings.default_output(&model));
     let needs = plan::estimate(&model, &settings, &engine)?;
@@ -148,7 +149,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     };
     let view = match args.emit {
         Emit::Packed => None,
-        Emit::Fake => Some(View::of(&plan.module, &model.module)?),
+        Emit::Fake => Some(View::of(&plan.module, &model.outline()?)?),
     };
     let mut fake = match &view {
         Some(view) => Some(emit::Fake::new(export::Fake.plan(view, &NoWeights)?)),

@@ -1,5 +1,6 @@
 //! `qrmc diff`: how two graphs differ.
 
+use qrmc_frontends::Integers;
 use qrmc_ir::{Module, print_func};
 use serde_json::json;
 use similar::{ChangeTag, TextDiff};
@@ -18,7 +19,7 @@ struct Difference {
 }
 
 pub(crate) fn run(args: &DiffArgs, ui: &Ui) -> Result<(), Failure> {
-    let (a, b) = (read_graph(&args.before)?.0, read_graph(&args.after)?.0);
+    let (a, b) = (read_graph(&args.before, Integers::Keep)?.0, read_graph(&args.after, Integers::Keep)?.0);
     let mut out = Vec::new();
     out.push(("history", compare(&a.history.join("\n"), &b.history.join("\n"))));
     out.push(("weights", compare(&weights(&a), &weights(&b))));

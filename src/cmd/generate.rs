@@ -20,6 +20,7 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<(), Failure> {
     sample.validate().map_err(|e| Failure::usage(e.to_string()))?;
     let engine = super::engine(&args.machine)?;
     let model = model::open_to_run(&args.model, &engine)?;
+    model.tell(ui);
     let tokenizer = model.tokenizer()?;
     let prompt = if args.raw {
         tokenizer.encode(&args.prompt, true)?

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use qrmc_frontends::Integers;
 use qrmc_ir::{Module, TensorType, print_func, verify};
 use qrmc_lowering::lower_func;
 use serde_json::json;
@@ -16,10 +17,11 @@ use crate::ui::{Ui, table};
 pub(crate) fn run(args: &InspectArgs, ui: &Ui) -> Result<(), Failure> {
     let graph_only = args.model.extension().is_some_and(|e| e == "qir") || args.model.as_os_str() == "-";
     let (module, format, about) = if graph_only {
-        (read_graph(&args.model)?.0, "graph".to_owned(), Vec::new())
+        (read_graph(&args.model, Integers::Keep)?.0, "graph".to_owned(), Vec::new())
     } else {
         let engine = qrmc_runtime::engine::CpuEngine::new(crate::settings::default_threads())?;
         let m = model::open(&args.model, &engine)?;
+        m.tell(ui);
         let mut about: Vec<(&str, String)> = Vec::new();
         if let Some(man) = &m.manifest {
             about.push(("source", format!("{} ({})", man.source.name, man.source.format)));

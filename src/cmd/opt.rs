@@ -4,6 +4,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
+use qrmc_frontends::Integers;
 use qrmc_ir::{
     Elem, Module, RawWeight, Tensor, TensorType, WeightError, WeightSource, parse, print, print_func, verify,
 };
@@ -68,7 +69,10 @@ impl WeightSource for Seeded {
 }
 
 /// Reads a graph: a `.qir` file, standard input, or the graph of a model.
-pub(crate) fn read_graph(path: &Path) -> Result<(Module, Option<Arc<dyn WeightSource>>), Failure> {
+pub(crate) fn read_graph(
+    path: &Path,
+    integers: Integers,
+) -> Result<(Module, Option<Arc<dyn WeightSource>>), Failure> {
     let io = |e: std::io::Error| Failure::new(FAILURE, format!("{}: cannot read: {e}", path.display()));
     let text = if path.as_os_str() == "-" {
         let mut text = String::new();
@@ -77,7 +81,7 @@ pub(crate) fn read_graph(path: &Path) -> Result<(Module, Option<Arc<dyn WeightSo
     } else if path.extension().is_some_and(|e| e == "qir") {
         std::fs::read_to_string(path).map_err(io)?
     } else {
-        let model = model::open(path, &qrmc_runtime::engine::CpuEngine::new(1)?)?;
+        let model = model::open_as(path, &qrmc_runtime::engine::CpuEngine::new(1)?, integers)?;
         return Ok((model.module, Some(model.weights)));
     };
     let module = parse(&text).map_err(|d| {
@@ -103,7 +107,8 @@ pub(crate) fn faults(faults: Vec<qrmc_ir::Diag>) -> Failure {
 }
 
 pub(crate) fn run(args: &OptArgs, ui: &Ui) -> Result<(), Failure> {
-    let (module, weights) = read_graph(&args.input)?;
+    let integers = if args.pass.is_empty() { Integers::Keep } else { Integers::Dequantize };
+    let (module, weights) = read_graph(&args.input, integers)?;
     verify(&module).map_err(faults)?;
     let pipeline = if args.pass.is_empty() {
         qrmc_passes::Pipeline::default()

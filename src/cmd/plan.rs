@@ -34,7 +34,8 @@ pub(crate) struct Needs {
 pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
     let engine = super::engine(&args.machine)?;
     let path = model::locate(args.model.as_deref())?;
-    let model = model::open(&path, &engine)?;
+    let model = model::open_as(&path, &engine, super::recipe::integers(args)?)?;
+    model.tell(ui);
     let settings = Settings::decide(args, &model)?;
     let needs = estimate(&model, &settings, &engine)?;
     if ui.json() {
@@ -121,7 +122,7 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
     let f = &module.facts;
     let weights: u64 = f.layers * layer_weights(&module);
     let rate = measure_rate(engine);
-    let owned = model.format.starts_with("GGUF");
+    let owned = model.checkpoint.as_ref().is_some_and(|c| c.converts());
     let mut memory = plan.peak_bytes(owned);
     let mut flops = 0.0;
     if let Some(c) = &s.calib {

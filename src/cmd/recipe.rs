@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use qrmc_frontends::Integers;
 use qrmc_lowering::artefact::SourceInfo;
 use qrmc_passes::{Pipeline, expand_presets, find, legal, parse_pipeline};
 use serde::{Deserialize, Serialize};
@@ -100,18 +101,29 @@ fn read(path: &std::path::Path) -> Result<Recipe, Failure> {
     })
 }
 
+/// The passes that the flags or the recipe ask for, as they are written.
+fn texts(args: &CompileArgs, recipe: Option<&Recipe>) -> Vec<String> {
+    match (&args.pass[..], recipe) {
+        ([], Some(r)) => r.pass.clone(),
+        (given, _) => given.to_vec(),
+    }
+}
+
+/// How a compile takes a checkpoint's integers: passes start from floats, and without any there is nothing to change.
+pub(crate) fn integers(args: &CompileArgs) -> Result<Integers, Failure> {
+    let recipe = args.recipe.as_deref().map(read).transpose()?;
+    Ok(if texts(args, recipe.as_ref()).is_empty() { Integers::Keep } else { Integers::Dequantize })
+}
+
 impl Settings {
     /// Decides everything that the flags and the recipe leave open.
     pub(crate) fn decide(args: &CompileArgs, model: &Model) -> Result<Self, Failure> {
         let recipe = args.recipe.as_deref().map(read).transpose()?;
-        let texts = match (&args.pass[..], &recipe) {
-            ([], Some(r)) => r.pass.clone(),
-            ([], None) => {
-                return Err(Failure::usage("nothing to do: give --pass or --recipe")
-                    .hint("for example --pass awq; `qrmc passes` lists all"));
-            }
-            (given, _) => given.to_vec(),
-        };
+        let texts = texts(args, recipe.as_ref());
+        if texts.is_empty() && !model.is_quantized() {
+            return Err(Failure::usage("nothing to do: give --pass or --recipe")
+                .hint("for example --pass awq; `qrmc passes` lists all"));
+        }
         let pipeline = pipeline(&texts, &args.tp)?;
         legal(&pipeline, &model.module)?;
         let target =
@@ -158,6 +170,7 @@ impl Settings {
             .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
             .collect();
         let label = clean.split('-').filter(|s| !s.is_empty()).collect::<Vec<_>>().join("-");
+        let label = if label.is_empty() { "qrmc".to_owned() } else { label };
         PathBuf::from(format!("{}-{label}", model.name()))
     }
 }

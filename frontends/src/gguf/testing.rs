@@ -5,7 +5,7 @@ use std::fs;
 use tempfile::TempDir;
 
 use super::reader::GgufFile;
-use crate::{ImportError, Opened};
+use crate::{ImportError, Integers, Opened};
 
 /// A metadata value with its type in the file.
 #[derive(Clone)]
@@ -133,10 +133,14 @@ impl Gguf {
         (dir, file)
     }
 
-    /// The whole import.
+    /// The whole import, with integers as floats.
     pub(super) fn open(&self) -> (TempDir, Result<Opened, ImportError>) {
+        self.open_as(Integers::Dequantize)
+    }
+
+    pub(super) fn open_as(&self, integers: Integers) -> (TempDir, Result<Opened, ImportError>) {
         let (dir, path) = write(&self.bytes());
-        let opened = super::open_file(&path);
+        let opened = super::open_file(&path, integers);
         (dir, opened)
     }
 

@@ -5,13 +5,14 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use qrmc_ir::{Elem, RawWeight, TensorType, WeightError, WeightSource};
+use qrmc_ir::{Elem, QuantSpec, RawWeight, Shape, TensorType, WeightError, WeightSource};
 
+use super::codes;
 use super::config::{Arch, Model};
 use super::dequant::GgmlType;
 use super::reader::{GgufFile, GgufTensor};
 use super::rope::ROPE_FREQS;
-use crate::{Checkpoint, ImportError};
+use crate::{Checkpoint, ImportError, Integers};
 
 impl GgmlType {
     /// The type under which tensors stored so are handed out: their own for floats, `f32` for codes.
@@ -32,15 +33,29 @@ struct Named {
     tensor: usize,
     /// Heads whose rows are stored for interleaved rotation and have to be put back in order.
     heads: Option<usize>,
+    part: Part,
+}
+
+/// What of a tensor is handed out.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Part {
+    /// Its values.
+    Values,
+    /// Its codes, its scales or its zero points under this scheme.
+    Codes(QuantSpec),
+    Scale(QuantSpec),
+    Zero(QuantSpec),
 }
 
 /// The weights of a GGUF file. Float tensors keep their type and are borrowed from the file, unless rows must be
-/// put in order; quantized ones are dequantised to `f32` each time they are asked for.
+/// put in order; quantized ones are dequantised to `f32` each time they are asked for, or handed out as codes.
 #[derive(Debug)]
 pub struct GgufCheckpoint {
     file: GgufFile,
     order: Vec<Named>,
     by_name: HashMap<String, usize>,
+    /// Whether some tensor can be had as codes.
+    has_codes: bool,
 }
 
 impl GgufCheckpoint {
@@ -48,9 +63,9 @@ impl GgufCheckpoint {
     ///
     /// # Errors
     /// If a tensor has no Hugging Face counterpart in this architecture, or its rows are no whole heads.
-    pub(super) fn new(file: GgufFile, model: &Model) -> Result<Self, ImportError> {
+    pub(super) fn new(file: GgufFile, model: &Model, integers: Integers) -> Result<Self, ImportError> {
         let mut order = Vec::new();
-        let mut by_name = HashMap::new();
+        let mut has_codes = false;
         for (i, tensor) in file.tensors().iter().enumerate().filter(|(_, t)| t.name != ROPE_FREQS) {
             let name = hf_name(&tensor.name, model).map_err(|why| {
                 file.fail(format!("tensor `{}` {why}", tensor.name))
@@ -69,10 +84,31 @@ impl GgufCheckpoint {
                 );
                 return Err(file.fail(what));
             }
-            by_name.insert(name.clone(), order.len());
-            order.push(Named { name, tensor: i, heads });
+            let linear = tensor.shape.len() == 2 && name != EMBEDDING && name.ends_with(".weight");
+            let spec = linear.then(|| codes::scheme(tensor.ty, file.bytes(tensor))).flatten();
+            has_codes |= spec.is_some();
+            let mut push = |end: &str, part| {
+                order.push(Named { name: format!("{name}{end}"), tensor: i, heads, part });
+            };
+            match spec.filter(|_| integers == Integers::Keep) {
+                None => push("", Part::Values),
+                Some(spec) => {
+                    push(".codes", Part::Codes(spec));
+                    push(".scale", Part::Scale(spec));
+                    if spec.zero {
+                        push(".zero", Part::Zero(spec));
+                    }
+                }
+            }
         }
-        Ok(GgufCheckpoint { file, order, by_name })
+        let by_name = order.iter().enumerate().map(|(i, n)| (n.name.clone(), i)).collect();
+        Ok(GgufCheckpoint { file, order, by_name, has_codes })
+    }
+
+    /// What the user should know about the way these weights are taken.
+    pub(super) fn notes(&self, integers: Integers) -> Vec<String> {
+        let dropped = integers == Integers::Dequantize && self.has_codes;
+        dropped.then(|| crate::DEQUANTIZED.to_owned()).into_iter().collect()
     }
 
     /// The file.
@@ -85,8 +121,22 @@ impl GgufCheckpoint {
     }
 }
 
-fn tensor_type(tensor: &GgufTensor) -> TensorType {
-    TensorType::new(tensor.ty.elem(), tensor.shape.as_slice())
+/// The table of the embedding, of which rows are read; it stays in floats.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+fn tensor_type(tensor: &GgufTensor, part: Part) -> TensorType {
+    let scales = || {
+        let last = tensor.shape.len() - 1;
+        let mut shape = tensor.shape.clone();
+        shape[last] /= tensor.ty.block_len();
+        Shape::fixed(&shape)
+    };
+    match part {
+        Part::Values => TensorType::new(tensor.ty.elem(), tensor.shape.as_slice()),
+        Part::Codes(spec) => TensorType::new(Elem::Quant(spec), tensor.shape.as_slice()),
+        Part::Scale(spec) => TensorType::new(spec.scale.elem(), scales()),
+        Part::Zero(_) => TensorType::new(Elem::U8, scales()),
+    }
 }
 
 /// The Hugging Face name of a tensor, or the end of a sentence that starts with the tensor.
@@ -165,24 +215,34 @@ impl WeightSource for GgufCheckpoint {
         let named = self.find(name)?;
         let tensor = self.tensor(named);
         let stored = self.file.bytes(tensor);
-        let ty = tensor_type(tensor);
+        let ty = tensor_type(tensor, named.part);
         if self.is_plain(named) {
             return Ok(RawWeight { ty, bytes: Cow::Borrowed(stored) });
         }
         let rows = if named.heads.is_some() { tensor.shape[0] } else { 1 };
         let stride = stored.len() / rows;
-        let elements: usize = tensor.shape.iter().product();
-        let mut bytes = Vec::with_capacity(elements * tensor.ty.elem().bits() / 8);
+        let mut bytes = Vec::with_capacity(ty.bytes().unwrap_or(0));
         for row in 0..rows {
             let from = named.heads.map_or(row, |heads| stored_row(row, rows, heads));
             let stored = &stored[from * stride..(from + 1) * stride];
-            if tensor.ty.is_quantized() {
-                tensor
+            match named.part {
+                Part::Codes(_) => codes::push_codes(tensor.ty, stored, &mut bytes),
+                Part::Scale(_) => codes::push_scales(tensor.ty, stored, &mut bytes),
+                Part::Zero(_) => codes::push_zeros(tensor.ty, stored, &mut bytes).map_err(|block| {
+                    WeightError::new(
+                        name,
+                        format!("block {block} has no zero point any more: the file has changed"),
+                    )
+                })?,
+                Part::Values if tensor.ty.is_quantized() => tensor
                     .ty
-                    .dequantize(stored, |v| v.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes())));
-            } else {
-                bytes.extend_from_slice(stored);
+                    .dequantize(stored, |v| v.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes()))),
+                Part::Values => bytes.extend_from_slice(stored),
             }
+        }
+        if let (Part::Scale(_), Some(at)) = (named.part, ty.elem.find_non_finite(&bytes)) {
+            let why = format!("scale {at} is NaN or infinite; the file is damaged: download it again");
+            return Err(WeightError::new(name, why));
         }
         Ok(RawWeight { ty, bytes: Cow::Owned(bytes) })
     }
@@ -190,11 +250,15 @@ impl WeightSource for GgufCheckpoint {
 
 impl Checkpoint for GgufCheckpoint {
     fn tensors(&self) -> Vec<(String, TensorType)> {
-        self.order.iter().map(|n| (n.name.clone(), tensor_type(self.tensor(n)))).collect()
+        self.order.iter().map(|n| (n.name.clone(), tensor_type(self.tensor(n), n.part))).collect()
     }
 
     fn weight_files(&self) -> Vec<PathBuf> {
         vec![self.file.path().to_owned()]
+    }
+
+    fn converts(&self) -> bool {
+        true
     }
 }
 

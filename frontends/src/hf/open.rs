@@ -8,7 +8,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
 use super::SafetensorsFolder;
-use crate::{ImportError, Opened, SideFile};
+use crate::{ImportError, Integers, Opened, SideFile, quantized};
 
 /// Longest JSON or text file that is read into memory, in bytes.
 const MAX_SMALL: u64 = 512 << 20;
@@ -79,8 +79,9 @@ pub(super) fn read_small(path: &Path) -> Result<Vec<u8>, ImportError> {
 ///
 /// # Errors
 /// If the folder or `config.json` is missing or is not what its name says, if there are no safetensors
-/// weights, or as [`SafetensorsFolder::open`].
-pub fn open_folder(path: &Path) -> Result<Opened, ImportError> {
+/// weights, or as [`SafetensorsFolder::open`]; also if the weights are quantized in a way that is not understood, or
+/// codes and configuration contradict each other.
+pub fn open_folder(path: &Path, integers: Integers) -> Result<Opened, ImportError> {
     let fail = |what: &str| ImportError::new(path, what);
     if !path.exists() {
         return Err(fail("there is no such folder"));
@@ -89,7 +90,10 @@ pub fn open_folder(path: &Path) -> Result<Opened, ImportError> {
         return Err(fail("this is a file, not a folder").hint("name the folder that holds config.json"));
     }
     let config = read_config(path)?;
+    // First, so that a method that is not read is named, and not the type of its tensors.
+    let configured = quantized::configured(path, &config)?;
     let weights = SafetensorsFolder::open(path)?.ok_or_else(|| no_weights(path))?;
+    let weights = quantized::open(path, configured, weights, integers, read_small)?;
     let mut files = Vec::new();
     for name in SIDE_FILES {
         let file = path.join(name);
@@ -97,8 +101,12 @@ pub fn open_folder(path: &Path) -> Result<Opened, ImportError> {
             files.push(SideFile { name: name.to_owned(), bytes: read_small(&file)? });
         }
     }
-    let format = "Hugging Face folder".to_owned();
-    Ok(Opened { path: path.to_owned(), format, config, weights: Box::new(weights), files })
+    let format = match &weights.format {
+        Some(codes) => format!("Hugging Face folder, {codes}"),
+        None => "Hugging Face folder".to_owned(),
+    };
+    let quantized::Weights { weights, notes, .. } = weights;
+    Ok(Opened { path: path.to_owned(), format, config, weights, files, notes })
 }
 
 fn read_config(folder: &Path) -> Result<Value, ImportError> {
@@ -152,7 +160,7 @@ mod tests {
     use super::*;
 
     fn refused(path: &Path) -> ImportError {
-        open_folder(path).err().expect("this folder must be refused")
+        open_folder(path, Integers::Keep).err().expect("this folder must be refused")
     }
 
     #[test]
@@ -162,7 +170,7 @@ mod tests {
         fs::write(dir.path().join("tokenizer.json"), [0xff, 0x00, 0x7b]).unwrap();
         fs::write(dir.path().join("README.md"), "not a side file").unwrap();
         write_safetensors(&dir.path().join("model.safetensors"), &[("w", "F32", &[1], 4)]);
-        let opened = open_folder(dir.path()).ok().unwrap();
+        let opened = open_folder(dir.path(), Integers::Keep).ok().unwrap();
         assert_eq!(opened.config["model_type"], "llama");
         let names: Vec<_> = opened.files.iter().map(|f| f.name.as_str()).collect();
         assert_eq!(names, ["config.json", "tokenizer.json"]);

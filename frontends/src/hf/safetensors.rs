@@ -48,12 +48,17 @@ struct Entry {
     bytes: Range<usize>,
 }
 
+/// The end of the name of a tensor that says which shape another one has before packing: two 64-bit integers.
+const SHAPE: &str = ".weight_shape";
+
 /// One mapped `.safetensors` file whose header has been checked. The file must not change while it is open.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
     map: Bytes,
     entries: Vec<Entry>,
+    /// Names and values of the tensors that end in [`SHAPE`], which are no weights.
+    shapes: Vec<(String, [i64; 2])>,
 }
 
 impl SafetensorsFile {
@@ -61,15 +66,19 @@ impl SafetensorsFile {
     ///
     /// # Errors
     /// If the file is too short, the header is no JSON object of tensors, a tensor's type is not one of
-    /// F32, F16, BF16, I32, I8, U8, or offsets leave the file, overlap, leave holes or disagree with the shape.
+    /// F32, F16, BF16, I32, I8, U8 (I64 for two numbers under a name that ends in `.weight_shape`), or offsets leave
+    /// the file, overlap, leave holes or disagree with the shape.
     pub fn open(path: &Path) -> Result<Self, ImportError> {
         let map = map_file(path, 8)?;
-        let entries = check_header(path, &map)?;
+        let (entries, shapes) = check_header(path, &map)?;
         // What this crate lets through, the format's own library must accept as well.
         safetensors::SafeTensors::read_metadata(&map).map_err(|e| {
             ImportError::new(path, format!("the safetensors library refuses the header: {e}"))
         })?;
-        Ok(SafetensorsFile { path: path.to_owned(), map, entries })
+        let number = |at: usize| map[at..].first_chunk().map_or(0, |b| i64::from_le_bytes(*b));
+        let shapes =
+            shapes.into_iter().map(|e| (e.name, [0, 8].map(|i| number(e.bytes.start + i)))).collect();
+        Ok(SafetensorsFile { path: path.to_owned(), map, entries, shapes })
     }
 
     /// Where the file is.
@@ -96,7 +105,8 @@ fn elem_of(dtype: &str) -> Option<Elem> {
     })
 }
 
-fn check_header(path: &Path, map: &[u8]) -> Result<Vec<Entry>, ImportError> {
+/// The tensors in the order of their bytes, and those of [`SHAPE`] apart.
+fn check_header(path: &Path, map: &[u8]) -> Result<(Vec<Entry>, Vec<Entry>), ImportError> {
     let fail = |what: String| ImportError::new(path, what);
     let size = map.len() as u64;
     let len = map.first_chunk().map(|b| u64::from_le_bytes(*b)).unwrap_or(u64::MAX);
@@ -148,7 +158,7 @@ fn check_header(path: &Path, map: &[u8]) -> Result<Vec<Entry>, ImportError> {
         let what = format!("the last {} bytes of the file belong to no tensor", map.len() - end);
         return Err(fail(what).hint(FETCH_AGAIN));
     }
-    Ok(entries)
+    Ok(entries.into_iter().partition(|e| e.ty.elem != Elem::F64))
 }
 
 /// Checks one entry of the header; `start` and `size` are where tensor data starts and ends in the file.
@@ -165,11 +175,13 @@ fn check_entry(
         list.iter().map(|v| usize::try_from(v.as_u64()?).ok()).collect()
     };
     let dtype = info.get("dtype").and_then(Value::as_str).ok_or_else(|| fail("it has no `dtype`".into()))?;
-    let elem = elem_of(dtype).ok_or_else(|| {
+    let shape = numbers("shape").ok_or_else(|| fail("its `shape` is not a list of sizes".into()))?;
+    // No type of the IR holds these; the one of their width marks them until `check_header` takes them out.
+    let is_shape = dtype == "I64" && name.ends_with(SHAPE) && shape == [2];
+    let elem = elem_of(dtype).or(is_shape.then_some(Elem::F64)).ok_or_else(|| {
         let hint = "convert the checkpoint to F32, F16 or BF16 (I32, I8 and U8 are read as well)";
         fail(format!("its dtype is {dtype}, which cannot be imported")).hint(hint)
     })?;
-    let shape = numbers("shape").ok_or_else(|| fail("its `shape` is not a list of sizes".into()))?;
     let (from, to) = match numbers("data_offsets").as_deref() {
         Some(&[from, to]) => (from, to),
         _ => return Err(fail("its `data_offsets` are not two byte offsets".into())),
@@ -269,10 +281,14 @@ impl SafetensorsFolder {
             files.push(SafetensorsFile::open(&path)?);
         }
         let of = |f: &SafetensorsFile| f.path.file_name().map(|n| n.to_string_lossy().into_owned());
-        let held: HashSet<(Option<String>, &str)> =
-            files.iter().flat_map(|f| f.entries.iter().map(move |e| (of(f), e.name.as_str()))).collect();
+        let names = |f: &'_ SafetensorsFile| -> Vec<String> {
+            let shapes = f.shapes.iter().map(|(name, _)| name);
+            f.entries.iter().map(|e| &e.name).chain(shapes).cloned().collect()
+        };
+        let held: HashSet<(Option<String>, String)> =
+            files.iter().flat_map(|f| names(f).into_iter().map(move |n| (of(f), n))).collect();
         for (name, shard) in &wanted {
-            if !held.contains(&(Some(shard.clone()), name.as_str())) {
+            if !held.contains(&(Some(shard.clone()), name.clone())) {
                 return Err(fail(format!(
                     "the index puts tensor `{name}` into `{shard}`, which does not hold it"
                 ))
@@ -298,6 +314,17 @@ impl SafetensorsFolder {
 }
 
 impl SafetensorsFolder {
+    /// Shapes before packing that the files give for other tensors: the name without `.weight_shape`, and two sizes.
+    pub(crate) fn shapes(&self) -> impl Iterator<Item = (&str, [i64; 2])> {
+        let all = self.files.iter().flat_map(|f| &f.shapes);
+        all.map(|(name, shape)| (name.strip_suffix(SHAPE).unwrap_or(name), *shape))
+    }
+
+    /// Type of a tensor.
+    pub(crate) fn ty(&self, name: &str) -> Option<&TensorType> {
+        self.find(name).ok().map(|(_, e)| &e.ty)
+    }
+
     fn find(&self, name: &str) -> Result<(&SafetensorsFile, &Entry), WeightError> {
         let &at = self.by_name.get(name).ok_or_else(|| {
             let files: Vec<_> = self.files.iter().map(|f| f.path.display().to_string()).collect();

@@ -120,7 +120,7 @@ impl Plan<'_> {
         if untied {
             config.insert("tie_word_embeddings".into(), false.into());
         }
-        config.remove("quantization_config");
+        config.shift_remove("quantization_config");
         if let Some(q) = &self.quantization {
             config.insert("quantization_config".into(), q.clone());
         }

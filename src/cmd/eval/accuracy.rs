@@ -42,6 +42,7 @@ pub(super) fn run(args: &EvalArgs, task: &Task, ui: &Ui) -> Result<(), Failure> 
     let path = place.locate(args.data.as_deref())?;
     let questions = task.questions(&path, args.accuracy.limit)?;
     let model = model::open_to_run(&args.model, &engine)?;
+    model.tell(ui);
     let tokenizer = model.tokenizer()?;
     if tokenizer.chat().is_none() {
         return Err(Failure::new(

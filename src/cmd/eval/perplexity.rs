@@ -42,6 +42,7 @@ pub(super) fn run(args: &EvalArgs, ui: &Ui) -> Result<(), Failure> {
     let engine = super::super::engine(&args.machine)?;
     let path = locate(args)?;
     let model = model::open_to_run(&args.model, &engine)?;
+    model.tell(ui);
     let tokenizer = model.tokenizer()?;
     let mut options = ReadOptions::new(Split::Test);
     options.column = p.column.as_deref();

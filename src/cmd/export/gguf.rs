@@ -102,7 +102,7 @@ fn same_tokens(model: &Model, path: &Path) -> Result<(), Failure> {
     if model.file("tokenizer.json").is_none() {
         return Ok(());
     }
-    let files = qrmc_frontends::open(path)?.files;
+    let files = qrmc_frontends::open(path, qrmc_frontends::Integers::Keep)?.files;
     let file = |name: &str| files.iter().find(|f| f.name == name).map(|f| f.bytes.as_slice());
     let back = qrmc_runtime::text::Tokenizer::from_bytes(
         file("tokenizer.json").unwrap_or_default(),

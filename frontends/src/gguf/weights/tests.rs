@@ -58,6 +58,66 @@ fn floats_keep_their_type_and_codes_become_f32() {
     assert!(opened.weights.raw("lm_head.weight").unwrap_err().to_string().contains("no such tensor"));
 }
 
+/// Blocks of `Q4_0` or `Q8_0` whose scales and codes differ from block to block.
+fn blocks(n: u8, bytes: usize) -> Vec<u8> {
+    let block = |b: u8| {
+        let scale = half::f16::from_f32(0.5 - f32::from(b)).to_le_bytes();
+        scale.into_iter().chain((2..bytes as u8).map(move |i| i.wrapping_mul(29).wrapping_add(91 * b)))
+    };
+    (0..n).flat_map(block).collect()
+}
+
+#[test]
+fn codes_are_kept_where_they_are_asked_for() {
+    let norm = f32s(64);
+    let g = Gguf::decoder("llama")
+        .tensor("blk.0.attn_k.weight", &[64, 4], 2, blocks(8, 18))
+        .tensor("blk.0.ffn_up.weight", &[32, 2], 8, blocks(2, 34))
+        .tensor("blk.0.ffn_down.weight", &[32, 1], 6, blocks(1, 22))
+        .tensor("blk.0.ffn_gate.weight", &[32, 1], 3, blocks(1, 20))
+        .tensor("output.weight", &[32, 3], 2, blocks(3, 18))
+        .tensor("output_norm.weight", &[64], 0, norm[..256].to_vec());
+    let (_dir, opened) = g.open_as(Integers::Keep);
+    let kept = opened.ok().unwrap();
+    let (_dir, floats_only) = open(&g);
+    assert!(kept.notes.is_empty() && floats_only.notes[0].contains("passes start from floats"));
+    let types: HashMap<String, String> =
+        kept.weights.tensors().into_iter().map(|(n, t)| (n, t.to_string())).collect();
+    for (name, ty) in [
+        ("model.layers.0.self_attn.k_proj.weight.codes", "i4<group:32, f16>[4, 64]"),
+        ("model.layers.0.self_attn.k_proj.weight.scale", "f16[4, 2]"),
+        ("model.layers.0.mlp.up_proj.weight.codes", "i8<group:32, f16>[2, 32]"),
+        ("model.layers.0.mlp.down_proj.weight", "f32[1, 32]"),
+        ("model.layers.0.mlp.gate_proj.weight", "f32[1, 32]"),
+        ("lm_head.weight.codes", "i4<group:32, f16>[3, 32]"),
+        ("model.embed_tokens.weight", "f32[3, 8]"),
+    ] {
+        assert_eq!(types.get(name).map(String::as_str), Some(ty), "{name}");
+    }
+    for (name, ty) in kept.weights.tensors() {
+        let raw = kept.weights.raw(&name).unwrap();
+        assert_eq!((Some(raw.bytes.len()), &raw.ty), (ty.bytes(), &ty), "{name}");
+    }
+    // Codes and scales are the values of the de-quantized tensor, its rows put in order as well.
+    for name in ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj", "lm_head"] {
+        let codes = kept.weights.read(&format!("{name}.weight.codes")).unwrap();
+        let scale = floats(&kept, &format!("{name}.weight.scale"));
+        let qrmc_ir::Data::I8(codes) = codes.data() else { panic!("{name}: signed codes") };
+        let values: Vec<f32> = codes.iter().enumerate().map(|(i, &q)| scale[i / 32] * f32::from(q)).collect();
+        assert_eq!(values, floats(&floats_only, &format!("{name}.weight")), "{name}");
+    }
+}
+
+#[test]
+fn scales_that_are_no_numbers_are_refused() {
+    let mut bytes = blocks(1, 34);
+    bytes[..2].copy_from_slice(&[0, 0x7c]);
+    let g = Gguf::decoder("llama").tensor("blk.0.ffn_down.weight", &[32, 1], 8, bytes);
+    let (_dir, opened) = g.open_as(Integers::Keep);
+    let said = opened.ok().unwrap().weights.raw("model.layers.0.mlp.down_proj.weight.scale").unwrap_err();
+    assert!(said.to_string().contains("scale 0 is NaN or infinite"), "{said}");
+}
+
 #[test]
 fn every_name_has_its_counterpart() {
     let mut g = Gguf::decoder("qwen3").tensor("output_norm.weight", &[8], 0, f32s(8));
