@@ -92,7 +92,7 @@ pub(crate) struct CompileArgs {
     /// What to write
     #[arg(long, value_enum, default_value = "packed")]
     pub(crate) emit: Emit,
-    /// Target [default: cpu]
+    /// cpu, or a runtime that the result is for: what it would refuse is refused at once [default: cpu]
     #[arg(long, value_name = "NAME")]
     pub(crate) target: Option<String>,
     /// Ranks of tensor parallelism that the artefact can be cut for, such as 1,2,4 [default: 1]
@@ -303,12 +303,19 @@ pub(crate) struct GenerateArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct CheckArgs {
-    /// A model or an artefact
+    /// A model or an artefact; for --target, an exported folder or a GGUF file
     pub(crate) model: PathBuf,
     /// Run every kernel and the reference interpreter on the same operands: equal integers, floats within 2e-5 of the
     /// largest of their tensor, or of what a product adds
     #[arg(long)]
     pub(crate) parity: bool,
+    /// Replay what a runtime asks of names, shapes, schemes and ranks: vllm, vllm-ascend, transformers, llama.cpp or
+    /// onnxruntime
+    #[arg(long, value_name = "NAME")]
+    pub(crate) target: Option<String>,
+    /// Ranks of tensor parallelism for --target, such as 1,2,4 [default: 1]
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    pub(crate) tp: Vec<u32>,
     /// Tokens that run at once, before two that run alone
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) tokens: usize,

@@ -11,6 +11,7 @@ pub mod gguf;
 mod gptq;
 mod linear;
 mod plan;
+pub mod rules;
 mod view;
 
 use std::path::Path;

@@ -1,5 +1,9 @@
 //! `qrmc check`.
 
+mod target;
+
+pub(crate) use target::{preflight, runtime};
+
 use qrmc_runtime::parity::{BOUND, Extent, KindParity, Parity};
 use serde_json::{Value, json};
 
@@ -9,8 +13,16 @@ use crate::model;
 use crate::ui::Ui;
 
 pub(crate) fn run(args: &CheckArgs, ui: &Ui) -> Result<(), Failure> {
+    if let Some(name) = &args.target {
+        if args.parity {
+            return Err(
+                Failure::usage("--parity and --target check different things").hint("give one of them")
+            );
+        }
+        return target::run(args, target::find(name)?, ui);
+    }
     if !args.parity {
-        return Err(Failure::usage("nothing to check was named").hint("give --parity"));
+        return Err(Failure::usage("nothing to check was named").hint("give --parity or --target"));
     }
     let engine = super::engine(&args.machine)?;
     let model = model::open(&args.model, &engine)?;

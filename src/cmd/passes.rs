@@ -1,5 +1,6 @@
 //! `qrmc passes` and `qrmc targets`.
 
+use qrmc_lowering::export::rules::RUNTIMES;
 use qrmc_passes::{OptionInfo, PASSES, PRESETS, PassInfo, Preserves};
 use serde_json::{Value, json};
 
@@ -118,6 +119,11 @@ pub(crate) fn targets(ui: &Ui) -> Result<(), Failure> {
         let list: Vec<Value> = qrmc_lowering::TARGETS
             .iter()
             .map(|t| json!({ "name": t.name(), "summary": t.summary() }))
+            .chain(
+                RUNTIMES
+                    .iter()
+                    .map(|r| json!({ "name": r.name, "version": r.version, "formats": r.formats })),
+            )
             .collect();
         ui.object(&Value::Array(list));
         return Ok(());
@@ -125,6 +131,11 @@ pub(crate) fn targets(ui: &Ui) -> Result<(), Failure> {
     let rows: Vec<Vec<String>> =
         qrmc_lowering::TARGETS.iter().map(|t| vec![t.name().to_owned(), t.summary().to_owned()]).collect();
     ui.out(&table(&["target", ""], &rows));
+    let rows: Vec<Vec<String>> = RUNTIMES
+        .iter()
+        .map(|r| vec![r.name.to_owned(), r.version.to_owned(), r.formats.join(", ")])
+        .collect();
+    ui.out(&format!("\n{}", table(&["runtime", "version", "loads"], &rows)));
     let engine = qrmc_runtime::engine::CpuEngine::new(1)?;
     ui.out(&format!(
         "\nthis machine: cpu with {} kernels, {} threads",

@@ -8,6 +8,7 @@ use qrmc_passes::{Pipeline, Preserves, find};
 use qrmc_runtime::cpu::{MatRef, matmul};
 use qrmc_runtime::engine::CpuEngine;
 
+use super::check;
 use super::recipe::Settings;
 use crate::cli::CompileArgs;
 use crate::fail::{FAILURE, Failure, OVER_BUDGET};
@@ -119,6 +120,9 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
     let module = shape_after(model, &s.pipeline)?;
     let verified = qrmc_ir::verify(&module).map_err(|mut f| Failure::from(f.remove(0)))?;
     let plan = materialize::plan(verified)?;
+    if let Some(runtime) = check::runtime(&s.target) {
+        check::preflight(runtime, &plan.module, &model.outline()?, &s.tp)?;
+    }
     let f = &module.facts;
     let weights: u64 = f.layers * layer_weights(&module);
     let rate = measure_rate(engine);

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use qrmc_frontends::Integers;
 use qrmc_lowering::artefact::SourceInfo;
+use qrmc_lowering::export::rules::RUNTIMES;
 use qrmc_passes::{Pipeline, expand_presets, find, legal, parse_pipeline};
 use serde::{Deserialize, Serialize};
 
+use super::check::runtime;
 use crate::calib::{self, CalibSettings};
 use crate::cli::{CompileArgs, SamplingKind};
 use crate::fail::{FAILURE, Failure};
@@ -56,6 +58,8 @@ pub(crate) struct Settings {
     /// What the user wrote, for names.
     pub(crate) label: String,
     pub(crate) target: String,
+    /// Numbers of ranks that were asked for.
+    pub(crate) tp: Vec<u32>,
     pub(crate) check: bool,
     pub(crate) seed: u64,
     pub(crate) calib: Option<CalibSettings>,
@@ -128,8 +132,9 @@ impl Settings {
         legal(&pipeline, &model.module)?;
         let target =
             args.target.clone().or(recipe.as_ref().map(|r| r.target.clone())).unwrap_or_else(|| "cpu".into());
-        if !qrmc_lowering::TARGETS.iter().any(|t| t.name() == target) {
-            let known = qrmc_lowering::TARGETS.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
+        if !qrmc_lowering::TARGETS.iter().any(|t| t.name() == target) && runtime(&target).is_none() {
+            let machines = qrmc_lowering::TARGETS.iter().map(|t| t.name());
+            let known = machines.chain(RUNTIMES.iter().map(|r| r.name)).collect::<Vec<_>>().join(", ");
             return Err(
                 Failure::usage(format!("there is no target `{target}`")).hint(format!("targets: {known}"))
             );
@@ -139,7 +144,7 @@ impl Settings {
         let needs = pipeline.0.iter().any(|c| find(&c.name).is_some_and(|p| p.info().calibrates));
         let calib = if needs { Some(calibration(args, recipe.as_ref(), model, seed)?) } else { None };
         let label = texts.join("-");
-        Ok(Settings { pipeline, label, target, check, seed, calib })
+        Ok(Settings { pipeline, label, target, tp: args.tp.clone(), check, seed, calib })
     }
 
     /// The recipe that repeats this compile.

@@ -1,0 +1,102 @@
+//! `qrmc check --target`: what another runtime would refuse, before it is asked.
+
+use qrmc_ir::{Module, Op};
+use qrmc_lowering::export::View;
+use qrmc_lowering::export::rules::{Fault, RUNTIMES, Runtime};
+use serde_json::{Value, json};
+
+use crate::cli::CheckArgs;
+use crate::fail::{Failure, ILLEGAL};
+use crate::model::{self, Model};
+use crate::ui::Ui;
+
+/// The runtime of a name.
+pub(crate) fn runtime(name: &str) -> Option<&'static Runtime> {
+    RUNTIMES.into_iter().find(|r| r.name == name)
+}
+
+pub(super) fn find(name: &str) -> Result<&'static Runtime, Failure> {
+    runtime(name).ok_or_else(|| {
+        let known = RUNTIMES.map(|r| r.name).join(", ");
+        Failure::usage(format!("there is no runtime `{name}`")).hint(format!("runtimes: {known}"))
+    })
+}
+
+pub(super) fn run(args: &CheckArgs, runtime: &Runtime, ui: &Ui) -> Result<(), Failure> {
+    let engine = super::super::engine(&args.machine)?;
+    let model = model::open_to_pass(&args.model, &engine)?;
+    let format = format(&model)?;
+    let view = view(&model.module, &model.outline()?)?;
+    let faults = runtime.faults(&view, format, &args.tp);
+    let ranks: Vec<String> =
+        if args.tp.is_empty() { vec!["1".into()] } else { args.tp.iter().map(u32::to_string).collect() };
+    if ui.json() {
+        let list: Vec<Value> = faults.iter().map(|f| json!({ "what": f.what, "hint": f.hint })).collect();
+        ui.object(&json!({
+            "target": runtime.name, "version": runtime.version, "format": format, "tp": args.tp,
+            "loads": faults.is_empty(), "faults": list,
+        }));
+    } else if faults.is_empty() {
+        ui.out(&format!(
+            "{} {} loads this {format}, on {} ranks",
+            runtime.name,
+            runtime.version,
+            ranks.join(", ")
+        ));
+    }
+    refuse(runtime, faults)
+}
+
+/// The first fault, and how many there are.
+fn refuse(runtime: &Runtime, faults: Vec<Fault>) -> Result<(), Failure> {
+    let Some(first) = faults.first() else { return Ok(()) };
+    let more = if faults.len() > 1 { format!(" (and {} more)", faults.len() - 1) } else { String::new() };
+    let what = format!("{} {} would refuse it: {}{more}", runtime.name, runtime.version, first.what);
+    Err(Failure::new(ILLEGAL, what).hint(first.hint.clone()))
+}
+
+/// The export format of an opened checkpoint.
+fn format(model: &Model) -> Result<&'static str, Failure> {
+    if model.manifest.is_some() {
+        return Err(Failure::usage(format!(
+            "{} is an artefact, which no other runtime loads",
+            model.path.display()
+        ))
+        .hint("export it first: `qrmc export --format NAME`"));
+    }
+    if model.path.is_file() {
+        return Ok("gguf");
+    }
+    let config: Value =
+        model.file("config.json").and_then(|b| serde_json::from_slice(b).ok()).unwrap_or_default();
+    let quantized = &config["quantization_config"];
+    Ok(match quantized["quant_method"].as_str() {
+        None => "fake",
+        Some("awq") => "awq",
+        Some("gptq") if quantized["checkpoint_format"] == "gptq_v2" => "gptq-v2",
+        Some("gptq") => "gptq",
+        Some(_) => "compressed-tensors",
+    })
+}
+
+fn view(packed: &Module, source: &Module) -> Result<View, Failure> {
+    let seen = |op: &Op| matches!(op, Op::FakeQuant(..) | Op::ModeMul { .. });
+    Ok(View::through(packed, source, &|n| seen(&n.op))?)
+}
+
+/// Refuses a compile for a runtime that would load its result in no format. `packed` is the materialised module as it
+/// will be, `source` the float one.
+pub(crate) fn preflight(
+    runtime: &Runtime,
+    packed: &Module,
+    source: &Module,
+    ranks: &[u32],
+) -> Result<(), Failure> {
+    let view = view(packed, source)?;
+    let quantized = view.linears().next().is_some();
+    let formats = runtime.formats.iter().filter(|f| quantized != (**f == "fake"));
+    match formats.map(|f| runtime.faults(&view, f, ranks)).min_by_key(Vec::len) {
+        Some(faults) => refuse(runtime, faults),
+        None => Ok(()),
+    }
+}
