@@ -151,7 +151,7 @@ impl QuantizedFolder {
             }
             tensors.push((name, ty, Origin::File));
         }
-        for (name, _) in files.shapes().filter(|(name, _)| !index.contains_key(*name)) {
+        if let Some((name, _)) = files.shapes().find(|(name, _)| !index.contains_key(*name)) {
             return Err(lonely(folder, &format!("{name}.weight_shape"), &format!("{name}.weight_packed")));
         }
         let by_name = tensors.iter().enumerate().map(|(i, (name, ..))| (name.clone(), i)).collect();
