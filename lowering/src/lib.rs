@@ -2,6 +2,7 @@
 
 pub mod artefact;
 mod define;
+pub mod export;
 mod kernel;
 mod lower;
 pub mod materialize;

@@ -1,0 +1,3 @@
+//! A model in the formats of other runtimes.
+
+pub mod onnx;
