@@ -25,6 +25,8 @@ pub(crate) enum Command {
     Compile(CompileArgs),
     /// Run passes on a graph in text form, or on a model's graph, and print the result
     Opt(OptArgs),
+    /// Write a model or an artefact in the format of another runtime
+    Export(ExportArgs),
     /// Say what a model, an artefact or a graph is
     Inspect(InspectArgs),
     /// Show how two graphs differ
@@ -155,6 +157,39 @@ pub(crate) struct OptArgs {
     /// Seed of weights and tokens of the check
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+/// The format of another runtime.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ExportFormat {
+    /// model.onnx with external data
+    Onnx,
+}
+
+/// Which operators an ONNX model is written in.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnnxForm {
+    /// Standard operators alone, weights through DequantizeLinear
+    Qdq,
+    /// With those of onnxruntime: MatMulNBits, GroupQueryAttention
+    Ort,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ExportArgs {
+    /// A model or an artefact
+    pub(crate) model: PathBuf,
+    /// What to write
+    #[arg(long, value_enum)]
+    pub(crate) format: ExportFormat,
+    /// Operators of an ONNX model
+    #[arg(long, value_enum, default_value = "qdq")]
+    pub(crate) form: OnnxForm,
+    /// Output folder
+    #[arg(short, long, value_name = "OUT")]
+    pub(crate) output: PathBuf,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
 }

@@ -3,6 +3,7 @@
 use qrmc_frontends::ImportError;
 use qrmc_ir::{Diag, EngineError};
 use qrmc_lowering::artefact::ArtefactError;
+use qrmc_lowering::export::onnx::OnnxError;
 use qrmc_lowering::materialize::MaterializeError;
 use qrmc_passes::{PassError, PipelineError};
 use qrmc_runtime::generate::GenerateError;
@@ -85,6 +86,16 @@ impl From<ImportError> for Failure {
 impl From<ArtefactError> for Failure {
     fn from(e: ArtefactError) -> Self {
         Failure::new(FAILURE, e.to_string()).maybe_hint(e.hint)
+    }
+}
+
+impl From<OnnxError> for Failure {
+    fn from(e: OnnxError) -> Self {
+        match e {
+            OnnxError::Ir(d) => d.into(),
+            OnnxError::Write(e) => e.into(),
+            other @ OnnxError::Weight(_) => Failure::new(FAILURE, other.to_string()),
+        }
     }
 }
 

@@ -6,6 +6,7 @@ mod compile;
 mod diff;
 mod emit;
 mod eval;
+mod export;
 mod generate;
 mod inspect;
 mod opt;
@@ -28,6 +29,7 @@ pub(crate) fn run(cli: Cli, ui: &Ui) -> Result<(), Failure> {
         Command::Bench(args) => bench::run(&args, ui),
         Command::Plan(args) => plan::run(&args, ui),
         Command::Opt(args) => opt::run(&args, ui),
+        Command::Export(args) => export::run(&args, ui),
         Command::Inspect(args) => inspect::run(&args, ui),
         Command::Diff(args) => diff::run(&args, ui),
         Command::Eval(args) => eval::run(&args, ui),

@@ -6,11 +6,14 @@
 mod attention;
 mod data;
 mod graph;
+mod integer;
 mod nbits;
 mod ops;
 mod proto;
 mod quantize;
 mod stored;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 use std::path::Path;
@@ -55,7 +58,7 @@ pub enum Form {
     #[default]
     Qdq,
     /// With those of onnxruntime where they compute the same: `MatMulNBits`, `GroupQueryAttention`,
-    /// `SimplifiedLayerNormalization`.
+    /// `SimplifiedLayerNormalization`; and `MatMulInteger` where both sides are codes of a row.
     Ort,
 }
 

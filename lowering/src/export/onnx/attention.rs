@@ -171,7 +171,10 @@ impl Walk<'_> {
         let mut table = |name: &str, f: fn(f64) -> f64| {
             // As the definition rounds: the angle, its cosine or sine, and the product are floats.
             let row = |p: u64| {
-                frequencies.iter().map(move |w| f(f64::from(p as f32 * w)) as f32 * factor).collect::<Vec<_>>()
+                frequencies
+                    .iter()
+                    .map(move |w| f(f64::from(p as f32 * w)) as f32 * factor)
+                    .collect::<Vec<_>>()
             };
             let bytes: Vec<u8> = (0..context).flat_map(row).flat_map(f32::to_le_bytes).collect();
             let dims = [context as i64, frequencies.len() as i64];
@@ -242,7 +245,8 @@ impl Fused {
         let facts = &walk.module.facts;
         let head = width(frame.ty(node.ins[0])) / i64::from(attr.heads).max(1);
         // What the operator takes, and the layout of the caches.
-        let fits = u64::from(attr.kv_heads) == facts.kv_heads && head as u64 == facts.head_dim && head % 8 == 0;
+        let fits =
+            u64::from(attr.kv_heads) == facts.kv_heads && head as u64 == facts.head_dim && head % 8 == 0;
         if !fits {
             return None;
         }

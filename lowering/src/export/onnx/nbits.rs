@@ -88,12 +88,7 @@ impl Weights<'_> {
                     pack::pack_row(r.iter().copied(), blocks.bits, &mut bytes);
                 });
                 let width = (count * blocks.bits as usize).div_ceil(8);
-                Some(g.initializer(
-                    self.name(id),
-                    DataType::UINT8,
-                    &[rows as i64, width as i64],
-                    &bytes,
-                )?)
+                Some(g.initializer(self.name(id), DataType::UINT8, &[rows as i64, width as i64], &bytes)?)
             }
             _ => None,
         };

@@ -100,10 +100,5 @@ pub(super) fn external(
 }
 
 fn tensor(name: &str, ty: DataType, dims: &[i64]) -> TensorProto {
-    TensorProto {
-        name: name.to_owned(),
-        data_type: ty as i32,
-        dims: dims.to_vec(),
-        ..TensorProto::default()
-    }
+    TensorProto { name: name.to_owned(), data_type: ty as i32, dims: dims.to_vec(), ..TensorProto::default() }
 }

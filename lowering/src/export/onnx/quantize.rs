@@ -3,9 +3,9 @@
 
 use qrmc_ir::{Diag, Dim, Elem, Grain, Op, QuantSpec, Rule, ScaleType, TensorType};
 
-use super::OnnxError;
 use super::ops::rounded;
-use super::walk::{Value, Walk};
+use super::walk::{Coded, Value, Walk};
+use super::{Form, OnnxError};
 
 /// Least range before it is divided by the number of steps, for the rules of weights.
 const MIN_RANGE: f32 = 1e-5;
@@ -37,6 +37,9 @@ impl Walk<'_> {
                 let runs = self.runs(&x, ty, spec);
                 let (scale, zero) = self.params(&runs, ty, spec, rule, &sides)?;
                 let codes = self.codes(&runs.data, &scale, zero.as_deref(), spec);
+                if self.form == Form::Ort && spec.grain == Grain::Token {
+                    return Ok(vec![Value::Coded(Coded { codes, scale, zero, spec })]);
+                }
                 let y = self.value(&codes, &scale, zero.as_deref());
                 Ok(vec![Value::Plain(self.joined(&y, &runs))])
             }
@@ -78,7 +81,7 @@ impl Walk<'_> {
         match v {
             Value::Plain(name) => Ok(name.clone()),
             Value::Weight(id) => self.weights.float(&mut self.g, *id),
-            Value::Packed(_) | Value::Heads(_) | Value::Positions(_) => {
+            Value::Packed(_) | Value::Coded(_) | Value::Heads(_) | Value::Positions(_) => {
                 Err(Diag::new("Q0501", "scales that are no plain tensor").into())
             }
         }
@@ -232,7 +235,7 @@ impl Walk<'_> {
     }
 
     /// `scale * (code - zero)`
-    fn value(&mut self, codes: &str, scale: &str, zero: Option<&str>) -> String {
+    pub(super) fn value(&mut self, codes: &str, scale: &str, zero: Option<&str>) -> String {
         let y = match zero {
             Some(zero) => self.g.op("Sub", &[codes, zero]),
             None => codes.to_owned(),

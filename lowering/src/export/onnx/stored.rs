@@ -25,6 +25,10 @@ enum Made {
     /// Floats, or bytes that stand for whole numbers, as `f32`.
     Float(WeightId),
     FloatTransposed(WeightId),
+    /// Codes as bytes, the least code 0, transposed.
+    Bytes(Packed),
+    /// For each row of codes, the sum of what is left without the zero point.
+    Sums(Packed),
     Dequantized(Packed),
     DequantizedTransposed(Packed),
 }
@@ -148,17 +152,50 @@ impl<'a> Weights<'a> {
         self.once(g, Made::DequantizedTransposed(p), |_, g| Ok(g.transpose(&name, &[1, 0])))
     }
 
+    /// Codes as they are stored, a byte each, `[cols, rows]`.
+    pub(super) fn bytes_transposed(&mut self, g: &mut Graph, p: Packed) -> Result<String, OnnxError> {
+        self.once(g, Made::Bytes(p), |w, g| {
+            let (spec, rows, cols) = w.scheme(p)?;
+            let bytes: Vec<u8> = {
+                let raw = w.raw(p.codes)?;
+                let add = spec.qmin().unsigned_abs() as u8;
+                (0..rows).flat_map(|r| row(&raw.bytes, spec, r, cols)).map(|c| c.wrapping_add(add)).collect()
+            };
+            let dims = [rows as i64, cols as i64];
+            let codes = g.initializer(w.name(p.codes), DataType::UINT8, &dims, &bytes)?;
+            Ok(g.transpose(&codes, &[1, 0]))
+        })
+    }
+
+    /// `sum(code - zero)` of each row, `i32`.
+    pub(super) fn row_sums(&mut self, g: &mut Graph, p: Packed) -> Result<String, OnnxError> {
+        self.once(g, Made::Sums(p), |w, g| {
+            let (spec, rows, cols) = w.scheme(p)?;
+            let (raw, zeros) = (w.raw(p.codes)?, w.zeros(p)?);
+            let value = |c: u8| if spec.signed { i32::from(c as i8) } else { i32::from(c) };
+            let sum = |r: usize| {
+                let zero = zeros.as_ref().map_or(0, |z| i32::from(z[if z.len() == 1 { 0 } else { r }]));
+                row(&raw.bytes, spec, r, cols).into_iter().map(|c| value(c) - zero).sum::<i32>()
+            };
+            let bytes: Vec<u8> = (0..rows).flat_map(|r| sum(r).to_le_bytes()).collect();
+            Ok(g.initializer(&format!("{}.sums", w.name(p.codes)), DataType::INT32, &[rows as i64], &bytes)?)
+        })
+    }
+
     fn dequantize(&mut self, g: &mut Graph, p: Packed) -> Result<String, OnnxError> {
         let (spec, rows, cols) = self.scheme(p)?;
         let ty = code_type(spec);
+        let blocks = |n: usize| {
+            let dims = vec![rows as i64, (cols / n.max(1)) as i64];
+            (dims, vec![int("axis", 1), int("block_size", n as i64)])
+        };
         let (dims, attributes): (Vec<i64>, _) = match spec.grain {
             Grain::Tensor => (vec![], vec![]),
-            Grain::Row => (vec![rows as i64], vec![int("axis", 0)]),
             Grain::Channel => (vec![cols as i64], vec![int("axis", 1)]),
-            Grain::Group(n) => (
-                vec![rows as i64, (cols / n as usize) as i64],
-                vec![int("axis", 1), int("block_size", i64::from(n))],
-            ),
+            // A row is one block. With a vector of scales, onnxruntime makes `MatMulNBits` of 8-bit codes, which by its
+            // default rounds the activations to 8 bits.
+            Grain::Row => blocks(cols),
+            Grain::Group(n) => blocks(n as usize),
             Grain::Token => {
                 let what = format!("@{} is {spec}: scales of tokens are no weights", self.name(p.codes));
                 return Err(Diag::new("Q0501", what).into());

@@ -2,7 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use qrmc_ir::{Builder, Diag, Elem, Func, Module, Node, Op, Place, RopeAttr, TensorType, ValueId, WeightId};
+use qrmc_ir::{
+    Builder, Diag, Elem, Func, Module, Node, Op, Place, QuantSpec, RopeAttr, TensorType, ValueId, WeightId,
+};
 
 use super::attention::Fused;
 use super::graph::Graph;
@@ -19,10 +21,21 @@ pub(super) enum Value {
     Weight(WeightId),
     /// A `dcast` of weights, which is written when it is read.
     Packed(Packed),
+    /// What a quantizer of tokens gives, which is written when it is read.
+    Coded(Coded),
     /// Keys or values of a cache, `[B, kv_heads, T, head_dim]` for `[B, T, kv_heads * head_dim]`.
     Heads(String),
     /// The positions of the new tokens: `[B, S]` for `[S]`.
     Positions(String),
+}
+
+/// Codes that are known when the model runs, whole numbers in `f32`, with a scale and perhaps a zero point a token.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Coded {
+    pub(super) codes: String,
+    pub(super) scale: String,
+    pub(super) zero: Option<String>,
+    pub(super) spec: QuantSpec,
 }
 
 /// The export in the making.
@@ -46,6 +59,10 @@ pub(super) struct Shared {
     pub(super) mask: Option<String>,
     /// The last index of each sequence, and the number of positions.
     pub(super) lengths: Option<[String; 2]>,
+    /// The values that codes stand for.
+    pub(super) values: HashMap<Coded, String>,
+    /// Codes as bytes, and zero points as integers.
+    pub(super) integers: HashMap<Coded, (String, String)>,
     /// Whether something reads the positions.
     pub(super) positions: bool,
 }
@@ -136,7 +153,11 @@ impl Walk<'_> {
                         let ids = self.plain(ins[1], ty(1))?;
                         let rows = self.g.op("Gather", &[&table, &ids]);
                         let float = self.weights.elem(id) == Elem::F32;
-                        return one(Value::Plain(if float { rows } else { self.g.cast(&rows, super::FLOAT) }));
+                        return one(Value::Plain(if float {
+                            rows
+                        } else {
+                            self.g.cast(&rows, super::FLOAT)
+                        }));
                     }
                     other => self.plain(other, ty(0))?,
                 };
@@ -160,12 +181,7 @@ impl Walk<'_> {
     }
 
     /// The definition of a large operation in place of it.
-    fn definition(
-        &mut self,
-        op: &Op,
-        ins: &[&str],
-        tys: &[&TensorType],
-    ) -> Result<Vec<Value>, OnnxError> {
+    fn definition(&mut self, op: &Op, ins: &[&str], tys: &[&TensorType]) -> Result<Vec<Value>, OnnxError> {
         let mut b = Builder::new(self.module, "definition");
         let params: Vec<ValueId> = tys.iter().map(|t| b.param(None, (*t).clone())).collect();
         let Some(outs) = qrmc_ir::expand(&mut b, op, &params)? else {
@@ -183,6 +199,15 @@ impl Walk<'_> {
             Value::Plain(name) => Ok(name.clone()),
             Value::Weight(id) => self.weights.float(&mut self.g, *id),
             Value::Packed(p) => self.weights.dequantized(&mut self.g, *p),
+            Value::Coded(c) => {
+                if let Some(name) = self.shared.values.get(c) {
+                    return Ok(name.clone());
+                }
+                let name = self.value(&c.codes, &c.scale, c.zero.as_deref());
+                self.g.pin(&name);
+                self.shared.values.insert(c.clone(), name.clone());
+                Ok(name)
+            }
             Value::Heads(name) => {
                 let width = ty.shape.last().and_then(qrmc_ir::Dim::fixed).unwrap_or(0) as i64;
                 let rows = self.g.transpose(name, &[0, 2, 1, 3]);
@@ -197,6 +222,11 @@ impl Walk<'_> {
 
     /// `a bᵀ`
     fn mat_mul_t(&mut self, ins: &[&Value], tys: [&TensorType; 2]) -> Result<Value, OnnxError> {
+        if let (Value::Coded(x), Value::Packed(p)) = (ins[0], ins[1])
+            && let Some(y) = self.integer_product(x, *p)?
+        {
+            return Ok(Value::Plain(y));
+        }
         let a = self.plain(ins[0], tys[0])?;
         let b = match ins[1] {
             Value::Packed(p) => {
