@@ -11,6 +11,7 @@ mod hostile;
 mod layout;
 mod methods;
 mod numerics;
+mod onnx;
 mod parity;
 mod passes;
 mod resume;

@@ -10,6 +10,9 @@ use super::proto::{float, int};
 use super::walk::{Frame, Value, Walk};
 use super::{ATTENTION_MASK, FLOAT, Form, INPUT_IDS, OnnxError};
 
+/// Most bytes of a table of cosines or sines: a million positions of 128 channels. Beyond, angles are computed.
+const MOST_TABLE: u64 = 1 << 28;
+
 fn width(ty: &TensorType) -> i64 {
     ty.shape.last().and_then(Dim::fixed).unwrap_or(0) as i64
 }
@@ -283,7 +286,8 @@ impl Fused {
                 _ => None,
             }
         };
-        let aligned = head % 16 == 0 && facts.context > 0;
+        let table = facts.context.saturating_mul(facts.head_dim / 2 * 4);
+        let aligned = head % 16 == 0 && (1..=MOST_TABLE).contains(&table);
         if let (Some((at_q, q, query)), Some((at_k, k, key))) = (rope(fused.query, n), rope(new_k, at_k))
             && q == k
             && aligned

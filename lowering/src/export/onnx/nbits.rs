@@ -62,7 +62,7 @@ impl Blocks {
 }
 
 impl Weights<'_> {
-    /// `x wᵀ` for a quantized matrix `w`, which only this product reads as it is written here.
+    /// `x wᵀ` for a quantized matrix `w`, which is written for this product.
     pub(super) fn mat_mul_nbits(
         &mut self,
         g: &mut Graph,

@@ -251,3 +251,32 @@ fn refusals_say_what_and_where() {
     let e = refused(&facts, &Bytes::of(&facts));
     assert!(e.contains("1 heads of 8") && e.contains("@main"), "{e}");
 }
+
+#[test]
+fn codes_of_rows_are_multiplied_as_whole_numbers() {
+    for spec in
+        [QuantSpec::sym(8, Grain::Row), QuantSpec::asym(5, Grain::Row), QuantSpec::sym(6, Grain::Tensor)]
+    {
+        let quantizer = "%a = fake_quant %attn_in {q = u8<token, f32, zero>, rule = dynamic}\n  %q_proj";
+        let text = qrmc_ir::print(&decoder(spec, ""))
+            .replace("%q_proj = matmul.t %attn_in", &format!("{quantizer} = matmul.t %a"));
+        let module = parse(&text).unwrap();
+        let weights = Bytes::of(&module);
+        let r = Read::of(&module, &weights, Form::Ort);
+        let n = r.only("MatMulInteger");
+        // The stored bytes, row by row; the operator reads their transpose.
+        let t = r.nodes().iter().find(|t| t.output[0] == n.input[1]).unwrap();
+        assert_eq!(t.op_type, "Transpose");
+        let (_, codes) = r.tensor(&t.input[0]);
+        let (zt, zeros) = r.tensor(&n.input[3]);
+        let zero = |i: usize| i32::from(zeros[if zt.dims.is_empty() { 0 } else { i / 48 }]);
+        let want = stored(&weights, spec);
+        let have: Vec<i32> = codes.iter().enumerate().map(|(i, &c)| i32::from(c) - zero(i)).collect();
+        assert_eq!(have, want.iter().map(|(c, z, _)| c - z).collect::<Vec<_>>(), "{spec}");
+        let (_, sums) = r.tensor("q.codes.sums");
+        let sums: Vec<i32> = sums.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b)).collect();
+        assert_eq!(sums, have.chunks(48).map(|row| row.iter().sum()).collect::<Vec<i32>>());
+        // The product with the codes of tokens, its floats, and the attention's norm of the other matrices.
+        assert_eq!((r.count("MatMulNBits"), r.count("DequantizeLinear")), (0, 0));
+    }
+}

@@ -185,12 +185,13 @@ impl Walk<'_> {
         let mut b = Builder::new(self.module, "definition");
         let params: Vec<ValueId> = tys.iter().map(|t| b.param(None, (*t).clone())).collect();
         let Some(outs) = qrmc_ir::expand(&mut b, op, &params)? else {
-            let what = format!("`{}` has no form in ONNX", op.text().0);
-            let d = Diag::new("Q0501", what);
-            return Err(d.hint("compile the model: an artefact holds what is computed from weights").into());
+            let d = Diag::new("Q0501", format!("`{}` has no form in ONNX", op.text().0));
+            let hint = "where it is computed from weights, compile the model: an artefact holds the result";
+            return Err(d.hint(hint).into());
         };
         let func = b.finish(&outs);
-        self.func(&func, ins.iter().map(|&i| Value::Plain(i.to_owned())).collect())
+        let args = ins.iter().map(|&i| Value::Plain(i.to_owned())).collect();
+        self.func(&func, args).map_err(OnnxError::without_place)
     }
 
     /// A value as a tensor of the sizes that the IR gives it.
@@ -255,6 +256,14 @@ impl Walk<'_> {
 }
 
 impl OnnxError {
+    /// The same error without its place: what is in a definition is not in the module.
+    fn without_place(self) -> Self {
+        match self {
+            OnnxError::Ir(d) => OnnxError::Ir(d.at(Place::default())),
+            other => other,
+        }
+    }
+
     /// The same error at the node that it is about.
     fn at(self, func: &Func, node: &Node) -> Self {
         match self {
