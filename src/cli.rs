@@ -161,13 +161,25 @@ pub(crate) struct OptArgs {
     pub(crate) machine: MachineArgs,
 }
 
+/// Which operators an ONNX model is written in.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnnxForm {
+    /// Standard operators alone, weights through DequantizeLinear
+    Qdq,
+    /// With those of onnxruntime: MatMulNBits, GroupQueryAttention
+    Ort,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct ExportArgs {
     /// An artefact, or a model
     pub(crate) model: PathBuf,
-    /// awq, gptq, gptq-v2, compressed-tensors, ascend, gguf or fake
+    /// awq, gptq, gptq-v2, compressed-tensors, ascend, gguf, onnx or fake
     #[arg(long, value_name = "NAME")]
     pub(crate) format: String,
+    /// Operators of an ONNX model [default: qdq]
+    #[arg(long, value_enum)]
+    pub(crate) form: Option<OnnxForm>,
     /// Output folder [default: MODEL-FORMAT in the current folder]
     #[arg(short, long, value_name = "DIR")]
     pub(crate) output: Option<PathBuf>,

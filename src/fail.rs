@@ -4,6 +4,7 @@ use qrmc_frontends::ImportError;
 use qrmc_ir::{Diag, EngineError};
 use qrmc_lowering::artefact::ArtefactError;
 use qrmc_lowering::export::ExportError;
+use qrmc_lowering::export::onnx::OnnxError;
 use qrmc_lowering::materialize::MaterializeError;
 use qrmc_passes::{PassError, PipelineError};
 use qrmc_runtime::generate::GenerateError;
@@ -92,6 +93,16 @@ impl From<ArtefactError> for Failure {
 impl From<ExportError> for Failure {
     fn from(e: ExportError) -> Self {
         Failure::new(if e.illegal { ILLEGAL } else { FAILURE }, e.what).maybe_hint(e.hint)
+    }
+}
+
+impl From<OnnxError> for Failure {
+    fn from(e: OnnxError) -> Self {
+        match e {
+            OnnxError::Ir(d) => d.into(),
+            OnnxError::Write(e) => e.into(),
+            other @ OnnxError::Weight(_) => Failure::new(FAILURE, other.to_string()),
+        }
     }
 }
 

@@ -13,6 +13,7 @@ mod hostile;
 mod layout;
 mod methods;
 mod numerics;
+mod onnx;
 mod parity;
 mod passes;
 mod quantized;

@@ -10,6 +10,7 @@ mod fake;
 pub mod gguf;
 mod gptq;
 mod linear;
+pub mod onnx;
 mod plan;
 pub mod rules;
 mod view;

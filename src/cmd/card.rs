@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use qrmc_lowering::export::View;
+use qrmc_ir::Elem;
 use serde_json::Value;
 
 use crate::fail::{FAILURE, Failure};
@@ -25,15 +25,12 @@ impl Card {
     pub(crate) fn new(
         model: &Model,
         (format, summary): (&'static str, &'static str),
-        view: &View,
         evaluation: &[PathBuf],
     ) -> Result<Self, Failure> {
         let mut schemes: Vec<(String, usize)> = Vec::new();
-        for l in view.linears() {
-            let scheme = match l.input.spec {
-                None => l.spec().to_string(),
-                Some(x) => format!("{}, inputs {x}", l.spec()),
-            };
+        for w in model.module.weights() {
+            let Elem::Quant(spec) = w.ty.elem else { continue };
+            let scheme = spec.to_string();
             match schemes.iter_mut().find(|(s, _)| *s == scheme) {
                 Some((_, n)) => *n += 1,
                 None => schemes.push((scheme, 1)),

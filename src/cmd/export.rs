@@ -6,13 +6,15 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use qrmc_ir::{QuantSpec, WeightSource};
+use qrmc_frontends::SideFile;
+use qrmc_ir::{QuantSpec, WeightSource, verify};
 use qrmc_lowering::artefact::{ArtefactWriter, Manifest, Output, SourceInfo};
-use qrmc_lowering::export::{self, Entry, ExportError, FORMATS, Format, Linear, Part, Plan, View};
+use qrmc_lowering::export::{self, Entry, ExportError, FORMATS, Format, Linear, Part, Plan, View, onnx};
 use serde_json::{Value, json};
 
+use super::opt::faults;
 use super::{card, emit, plan};
-use crate::cli::ExportArgs;
+use crate::cli::{ExportArgs, OnnxForm};
 use crate::fail::{FAILURE, Failure};
 use crate::memory::{Watch, show_bytes};
 use crate::model::{self, Model};
@@ -23,17 +25,19 @@ use crate::ui::Ui;
 enum Kind {
     Safetensors(&'static dyn Format),
     Gguf,
+    Onnx,
 }
 
 impl Kind {
     fn all() -> impl Iterator<Item = Kind> {
-        FORMATS.into_iter().map(Kind::Safetensors).chain([Kind::Gguf])
+        FORMATS.into_iter().map(Kind::Safetensors).chain([Kind::Gguf, Kind::Onnx])
     }
 
     fn name(self) -> &'static str {
         match self {
             Kind::Safetensors(f) => f.name(),
             Kind::Gguf => export::gguf::NAME,
+            Kind::Onnx => "onnx",
         }
     }
 
@@ -41,6 +45,7 @@ impl Kind {
         match self {
             Kind::Safetensors(f) => f.summary(),
             Kind::Gguf => export::gguf::SUMMARY,
+            Kind::Onnx => "the whole graph, with caches: onnxruntime",
         }
     }
 
@@ -52,10 +57,20 @@ impl Kind {
         })
     }
 
+    /// How the model is seen as a checkpoint; an ONNX model is the graph itself.
+    fn view(self, model: &Model) -> Result<View, Failure> {
+        let source = model.outline()?;
+        Ok(match self {
+            Kind::Safetensors(f) => View::through(&model.module, &source, &|n| f.sees(&n.op))?,
+            Kind::Gguf | Kind::Onnx => View::of(&model.module, &source)?,
+        })
+    }
+
     fn nearest(self, l: &Linear, src: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError> {
         match self {
             Kind::Safetensors(f) => f.nearest(l, src),
             Kind::Gguf => export::gguf::nearest(l, src),
+            Kind::Onnx => Ok(None),
         }
     }
 }
@@ -63,33 +78,50 @@ impl Kind {
 pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
     let (watch, start) = (Watch::start(), Instant::now());
     let kind = Kind::find(&args.format)?;
+    if args.form.is_some() && !matches!(kind, Kind::Onnx) {
+        return Err(Failure::usage("--form is for --format onnx").hint("leave it out"));
+    }
     let engine = super::engine(&args.machine)?;
     let model = model::open_to_pass(&args.model, &engine)?;
-    let source = model.outline()?;
-    let mut view = match kind {
-        Kind::Safetensors(f) => View::through(&model.module, &source, &|n| f.sees(&n.op))?,
-        Kind::Gguf => View::of(&model.module, &source)?,
-    };
-    let losses = if args.requantize { requantize(&mut view, kind, &*model.weights)? } else { Vec::new() };
+    model.tell(ui);
     let target =
         args.output.clone().unwrap_or_else(|| PathBuf::from(format!("{}-{}", model.name(), kind.name())));
-    let card = card::Card::new(&model, (kind.name(), kind.summary()), &view, &args.evaluation)?;
+    let card = card::Card::new(&model, (kind.name(), kind.summary()), &args.evaluation)?;
+    let mut losses = Vec::new();
+    let mut view = || -> Result<View, Failure> {
+        let mut view = kind.view(&model)?;
+        if args.requantize {
+            losses = requantize(&mut view, kind, &*model.weights)?;
+        }
+        Ok(view)
+    };
     let (output, manifest, notes);
     match kind {
         Kind::Safetensors(format) => {
+            let view = view()?;
             let planned = format.plan(&view, &*model.weights)?;
             output = prepare(&target, planned.bytes())?;
             manifest = write(&model, &view, &planned, &card, &output, args.shard_size, ui)?;
             notes = planned.notes;
         }
         Kind::Gguf => {
+            let view = view()?;
             let planned = gguf::plan(&model, &view)?;
             output = prepare(&target, planned.bytes())?;
             gguf::write(&model, &planned, &output.folder(), ui)?;
-            let mut writer = ArtefactWriter::stored(&output, "model", Vec::new(), args.shard_size);
-            writer.written(gguf::FILE)?;
-            manifest = finish(writer, &model, &card, &planned.notes)?;
+            manifest = taken(&output, &[gguf::FILE], &[], &model, &card, &planned.notes)?;
             notes = planned.notes;
+        }
+        Kind::Onnx => {
+            let form = match args.form {
+                None | Some(OnnxForm::Qdq) => onnx::Form::Qdq,
+                Some(OnnxForm::Ort) => onnx::Form::Ort,
+            };
+            let verified = verify(&model.module).map_err(faults)?;
+            output = prepare(&target, plan::module_bytes(&model.module))?;
+            onnx::write(verified, &*model.weights, &output.folder(), &onnx::Options { form })?;
+            manifest = taken(&output, &[onnx::MODEL, onnx::DATA], &model.files, &model, &card, &[])?;
+            notes = Vec::new();
         }
     }
     output.publish()?;
@@ -100,6 +132,21 @@ pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
         done.show(kind, start, ui);
     }
     Ok(())
+}
+
+/// The manifest of an export whose tensors are in files of their own; `files` travel with them.
+fn taken(
+    output: &Output,
+    written: &[&str],
+    files: &[SideFile],
+    model: &Model,
+    card: &card::Card,
+    notes: &[String],
+) -> Result<Manifest, Failure> {
+    let mut writer = ArtefactWriter::stored(output, "model", Vec::new(), u64::MAX);
+    written.iter().try_for_each(|name| writer.written(name))?;
+    files.iter().try_for_each(|f| writer.file(&f.name, &f.bytes))?;
+    finish(writer, model, card, notes)
 }
 
 /// The output folder, where the disk has room for it.

@@ -192,7 +192,7 @@ fn free_bytes(path: &std::path::Path) -> Option<u64> {
     text.lines().nth(1)?.split_whitespace().nth(3)?.parse::<u64>().ok().map(|k| k * 1024)
 }
 
-fn module_bytes(m: &Module) -> u64 {
+pub(crate) fn module_bytes(m: &Module) -> u64 {
     m.weights().iter().filter_map(|w| w.ty.bytes()).map(|b| b as u64).sum()
 }
 
