@@ -22,6 +22,7 @@ mod resume;
 mod roundtrip;
 mod run;
 mod support;
+mod targets;
 mod tasks;
 mod tidy;
 mod verifier;

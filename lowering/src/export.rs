@@ -3,7 +3,7 @@
 //! A format plans the tensors that it will write, each with how its bytes come from stored codes, scales and zero points.
 //! Planning refuses what the format cannot hold exactly; writing then streams one tensor at a time.
 
-mod ascend;
+pub mod ascend;
 mod awq;
 mod compressed;
 mod fake;

@@ -1,10 +1,13 @@
 //! The description format of vllm-ascend and msModelSlim (methods.md §10.5, ascend.md §5): safetensors with one code a byte,
 //! and a JSON that gives each tensor a type.
 
+mod folder;
+
 use qrmc_ir::{Elem, Grain, Op, QuantSpec, ScaleType, WeightSource};
 use serde_json::{Map, Value, json};
 
 use super::plan::{Plan, float_head, no_caches, parts, scale_bytes};
+use super::rules::FUSED;
 use super::{Entry, ExportError, Format, Linear, Part, View};
 use crate::artefact::{Dtype, TensorPlan};
 
@@ -12,6 +15,8 @@ use crate::artefact::{Dtype, TensorPlan};
 const SIDE: usize = 256;
 /// The same up to CANN 8.3.
 const OLD_SIDE: usize = 128;
+
+pub use folder::faults;
 
 /// See the module.
 pub(super) struct Ascend;
@@ -27,6 +32,9 @@ enum Type {
 }
 
 impl Type {
+    const ALL: [Type; 5] =
+        [Type::Float, Type::W8A16, Type::W8A8Dynamic, Type::W4A4Dynamic, Type::W4A4FlatQuantDynamic];
+
     fn name(self) -> &'static str {
         match self {
             Type::Float => "FLOAT",
@@ -222,10 +230,7 @@ fn pair<'a>(l: &'a Linear, src: &dyn WeightSource) -> Result<Option<Pair<'a>>, E
 /// Parts of one module share a type and, with transforms, the transforms.
 fn fused(view: &View, types: &[(&Linear, Type)]) -> Result<(), ExportError> {
     for layer in 0..view.facts.layers {
-        for group in [
-            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..],
-            &["mlp.gate_proj", "mlp.up_proj"],
-        ] {
+        for group in FUSED {
             let of = |name: &str| {
                 let name = format!("model.layers.{layer}.{name}");
                 let found = types.iter().find(|(l, _)| l.name == name);

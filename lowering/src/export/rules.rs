@@ -29,7 +29,7 @@ pub struct Fault {
 }
 
 impl Fault {
-    fn new(what: impl Into<String>, hint: impl Into<String>) -> Self {
+    pub(super) fn new(what: impl Into<String>, hint: impl Into<String>) -> Self {
         Fault { what: what.into(), hint: hint.into() }
     }
 }
@@ -56,6 +56,10 @@ impl Runtime {
         all
     }
 }
+
+/// Linear layers that run as one module.
+pub(super) const FUSED: [&[&str]; 2] =
+    [&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], &["mlp.gate_proj", "mlp.up_proj"]];
 
 /// Along which axis a linear layer is cut for ranks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -124,10 +128,7 @@ impl Case<'_> {
     fn fused(&self) -> Vec<Fault> {
         let mut out = Vec::new();
         for layer in 0..self.view.facts.layers {
-            for group in [
-                &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..],
-                &["mlp.gate_proj", "mlp.up_proj"],
-            ] {
+            for group in FUSED {
                 let of = |part: &str| {
                     let name = format!("model.layers.{layer}.{part}");
                     self.view.linears().find(|l| l.name == name).map(|l| (l.spec(), l.input.spec))

@@ -153,7 +153,7 @@ fn is_part(module: &Module, name: &str, suffix: &str) -> bool {
 }
 
 /// Module names of the linear layers of a float model, the head among them.
-fn products(source: &Module) -> impl Iterator<Item = String> {
+pub(super) fn products(source: &Module) -> impl Iterator<Item = String> {
     source.funcs.iter().flat_map(|f| {
         let weights = f.nodes.iter().filter(|n| matches!(n.op, Op::MatMul { .. }));
         weights.filter_map(|n| f.weight_behind(n.ins[1])).map(|w| match f.name.as_str() {

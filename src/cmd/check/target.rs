@@ -1,14 +1,21 @@
 //! `qrmc check --target`: what another runtime would refuse, before it is asked.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use qrmc_frontends::hf::SafetensorsFile;
 use qrmc_ir::{Module, Op};
-use qrmc_lowering::export::View;
 use qrmc_lowering::export::rules::{Fault, RUNTIMES, Runtime};
+use qrmc_lowering::export::{View, ascend};
 use serde_json::{Value, json};
 
 use crate::cli::CheckArgs;
-use crate::fail::{Failure, ILLEGAL};
+use crate::fail::{FAILURE, Failure, ILLEGAL};
 use crate::model::{self, Model};
 use crate::ui::Ui;
+
+/// The file that tells a folder for vllm-ascend.
+const DESCRIPTION: &str = "quant_model_description.json";
 
 /// The runtime of a name.
 pub(crate) fn runtime(name: &str) -> Option<&'static Runtime> {
@@ -23,11 +30,15 @@ pub(super) fn find(name: &str) -> Result<&'static Runtime, Failure> {
 }
 
 pub(super) fn run(args: &CheckArgs, runtime: &Runtime, ui: &Ui) -> Result<(), Failure> {
-    let engine = super::super::engine(&args.machine)?;
-    let model = model::open_to_pass(&args.model, &engine)?;
-    let format = format(&model)?;
-    let view = view(&model.module, &model.outline()?)?;
-    let faults = runtime.faults(&view, format, &args.tp);
+    let (format, faults) = if args.model.join(DESCRIPTION).is_file() {
+        ("ascend", described(runtime, args)?)
+    } else {
+        let engine = super::super::engine(&args.machine)?;
+        let model = model::open_to_pass(&args.model, &engine)?;
+        let format = format(&model)?;
+        let view = view(&model.module, &model.outline()?)?;
+        (format, runtime.faults(&view, format, &args.tp))
+    };
     let ranks: Vec<String> =
         if args.tp.is_empty() { vec!["1".into()] } else { args.tp.iter().map(u32::to_string).collect() };
     if ui.json() {
@@ -45,6 +56,44 @@ pub(super) fn run(args: &CheckArgs, runtime: &Runtime, ui: &Ui) -> Result<(), Fa
         ));
     }
     refuse(runtime, faults)
+}
+
+/// What a folder with a description holds, by its files' headers alone.
+fn described(runtime: &Runtime, args: &CheckArgs) -> Result<Vec<Fault>, Failure> {
+    let folder = &args.model;
+    if !runtime.formats.contains(&"ascend") {
+        let what = format!("{} {} does not load the format ascend", runtime.name, runtime.version);
+        return Ok(vec![Fault { what, hint: format!("it loads {}", runtime.formats.join(", ")) }]);
+    }
+    let fail = |name: &str, e: &dyn std::fmt::Display| {
+        Failure::new(FAILURE, format!("{}: {e}", folder.join(name).display()))
+            .hint("write the folder again: `qrmc export --format ascend`")
+    };
+    let json = |name: &str| -> Result<Value, Failure> {
+        let bytes = std::fs::read(folder.join(name)).map_err(|e| fail(name, &e))?;
+        serde_json::from_slice(&bytes).map_err(|e| fail(name, &e))
+    };
+    let description = json(DESCRIPTION)?;
+    let description = description.as_object().ok_or_else(|| fail(DESCRIPTION, &"is no JSON object"))?;
+    let config = json("config.json")?;
+    let source = qrmc_frontends::outline(folder, &config)?;
+    let mut faults = Vec::new();
+    if config.get("quantization_config").is_some() {
+        let what = "config.json has a quantization_config, which this loader does not read".to_owned();
+        faults.push(Fault { what, hint: "remove it: the description says everything".to_owned() });
+    }
+    let mut tensors = BTreeMap::new();
+    let entries = std::fs::read_dir(folder).map_err(|e| fail("", &e))?;
+    let mut files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+    files.retain(|p| p.extension().is_some_and(|e| e == "safetensors"));
+    files.sort();
+    for file in files {
+        // The loader takes every file of tensors in the folder.
+        let open = SafetensorsFile::open(&file)?;
+        tensors.extend(open.tensors().map(|(name, ty)| (name.to_owned(), ty.clone())));
+    }
+    faults.extend(ascend::faults(description, &tensors, &source, &args.tp));
+    Ok(faults)
 }
 
 /// The first fault, and how many there are.

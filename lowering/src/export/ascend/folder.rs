@@ -1,0 +1,123 @@
+//! A folder in this format, as its loader reads it.
+
+use std::collections::BTreeMap;
+
+use qrmc_ir::{Elem, Module, TensorType};
+use serde_json::{Map, Value};
+
+use super::{OLD_SIDE, SIDE, Type, sides};
+use crate::export::rules::{FUSED, Fault};
+use crate::export::view::products;
+
+/// Keys of a description that name no tensor.
+const KEYS: [&str; 7] =
+    ["version", "model_quant_type", "group_size", "metadata", "optional", "kv_cache_type", "kv_quant_type"];
+
+/// What vllm-ascend would refuse of a folder: `description` is its JSON, `tensors` are those of its files, and `source` is
+/// the float model that its `config.json` describes.
+pub fn faults(
+    description: &Map<String, Value>,
+    tensors: &BTreeMap<String, TensorType>,
+    source: &Module,
+    ranks: &[u32],
+) -> Vec<Fault> {
+    let mut out = Vec::new();
+    for name in tensors.keys().filter(|n| !description.contains_key(*n)) {
+        let what = format!("tensor `{name}` has no type in quant_model_description.json");
+        out.push(Fault::new(what, "every tensor has one; write the folder again"));
+    }
+    for name in description.keys().filter(|n| !KEYS.contains(&n.as_str()) && !tensors.contains_key(*n)) {
+        let what = format!("quant_model_description.json gives `{name}` a type, and no file has it");
+        out.push(Fault::new(what, "a file is missing; copy the folder again"));
+    }
+    let mut types = BTreeMap::new();
+    for module in products(source) {
+        let weight = format!("{module}.weight");
+        let Some(kind) = description.get(&weight).and_then(Value::as_str) else {
+            // A head that shares the embedding has no tensor of its own.
+            if module != super::super::HEAD {
+                out.push(Fault::new(
+                    format!("the linear layer {module} has no type"),
+                    "the loader wants one of each",
+                ));
+            }
+            continue;
+        };
+        types.insert(module.clone(), kind);
+        let shape = shape(source, &weight);
+        match Type::ALL.into_iter().find(|t| t.name() == kind) {
+            None => out.push(Fault::new(
+                format!("{module}: type `{kind}`"),
+                "qrmc writes FLOAT, W8A16, W8A8_DYNAMIC, W4A4_DYNAMIC, W4A4_FLATQUANT_DYNAMIC",
+            )),
+            Some(kind) => out.extend(layer(&module, kind, &shape, tensors, ranks)),
+        }
+    }
+    for (i, parts) in (0..source.facts.layers).flat_map(|i| FUSED.map(|parts| (i, parts))) {
+        let of = |part: &str| types.get(&format!("model.layers.{i}.{part}"));
+        if let Some(other) = parts[1..].iter().find(|p| of(p) != of(parts[0])) {
+            let what =
+                format!("model.layers.{i}: {} and {other} run as one module and differ in type", parts[0]);
+            out.push(Fault::new(what, "give them the same type"));
+        }
+    }
+    out
+}
+
+fn shape(source: &Module, weight: &str) -> Vec<usize> {
+    let found = source.find_weight(weight).or_else(|| source.find_weight("model.embed_tokens.weight"));
+    found.and_then(|w| source.weight(w).ty.shape.as_fixed()).unwrap_or_default()
+}
+
+/// The tensors that a type asks for.
+fn layer(
+    module: &str,
+    kind: Type,
+    shape: &[usize],
+    tensors: &BTreeMap<String, TensorType>,
+    ranks: &[u32],
+) -> Vec<Fault> {
+    let &[rows, cols] = shape else { return Vec::new() };
+    let mut want: Vec<(&str, Elem, Vec<usize>)> = Vec::new();
+    if kind != Type::Float {
+        want.push(("weight", Elem::I8, vec![rows, cols]));
+        want.push(("weight_scale", Elem::F32, vec![rows, 1]));
+        want.push(("weight_offset", Elem::F32, vec![rows, 1]));
+    }
+    let mut out = Vec::new();
+    if kind == Type::W4A4FlatQuantDynamic {
+        // On several ranks the loader computes the pair of the inputs of one.
+        let cut = module.ends_with("o_proj") || module.ends_with("down_proj");
+        let least = if cut { ranks.iter().copied().max().unwrap_or(1).max(1) as usize } else { 1 };
+        match sides(cols / least) {
+            Some((left, right)) if right.is_multiple_of(8) && left.max(right) <= SIDE => {
+                want.push(("left_trans", Elem::F32, vec![left, left]));
+                want.push(("right_trans", Elem::F32, vec![right, right]));
+                want.push(("clip_ratio", Elem::F32, vec![1]));
+            }
+            pair => {
+                let what = format!("{module}: its inputs make the pair {pair:?}");
+                let hint = format!(
+                    "the operator takes sides up to {SIDE} ({OLD_SIDE} before CANN 8.5), the second a multiple of 8: use W8A8_DYNAMIC"
+                );
+                out.push(Fault::new(what, hint));
+            }
+        }
+    }
+    for (suffix, elem, shape) in want {
+        let name = format!("{module}.{suffix}");
+        let ty = TensorType::new(elem, shape.as_slice());
+        match tensors.get(&name) {
+            Some(have) if *have == ty => {}
+            Some(have) => {
+                let what = format!("tensor `{name}` is {have}; {} wants {ty}", kind.name());
+                out.push(Fault::new(what, "write the folder again, for these ranks"));
+            }
+            None => out.push(Fault::new(
+                format!("tensor `{name}` is missing; {} wants {ty}", kind.name()),
+                "write the folder again",
+            )),
+        }
+    }
+    out
+}
