@@ -183,6 +183,9 @@ pub(crate) struct ExportArgs {
     /// Output folder [default: MODEL-FORMAT in the current folder]
     #[arg(short, long, value_name = "DIR")]
     pub(crate) output: Option<PathBuf>,
+    /// Ranks of tensor parallelism that it must be loadable on, such as 1,2,4
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    pub(crate) tp: Vec<u32>,
     /// Round what the format cannot hold exactly, and say what is lost
     #[arg(long)]
     pub(crate) requantize: bool,

@@ -52,6 +52,8 @@ fn folders_that_load_and_folders_that_do_not() {
         assert_eq!(s.code, if seen.is_empty() { 0 } else { 4 }, "{recipe} {format} {target}: {}", s.err);
         assert!(s.err.contains(seen), "{recipe} {format} {target}: {}", s.err);
     }
+    let s = run(d, &["export", "a", "--format", "awq", "--tp", "1,2", "-o", "y"]);
+    assert!(s.code == 4 && s.err.contains("run as one module") && !d.join("y").exists(), "{}", s.err);
     let s = run(d, &["check", "a", "--target", "vllm"]);
     assert!(s.code == 2 && s.err.contains("export it first"), "{}", s.err);
     let s = run(d, &["check", "x", "--target", "tgi"]);

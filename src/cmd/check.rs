@@ -2,7 +2,7 @@
 
 mod target;
 
-pub(crate) use target::{preflight, runtime};
+pub(crate) use target::{preflight, refuse, runtime};
 
 use qrmc_runtime::parity::{BOUND, Extent, KindParity, Parity};
 use serde_json::{Value, json};

@@ -9,11 +9,12 @@ use std::time::Instant;
 use qrmc_frontends::SideFile;
 use qrmc_ir::{QuantSpec, WeightSource, verify};
 use qrmc_lowering::artefact::{ArtefactWriter, Manifest, Output, SourceInfo};
+use qrmc_lowering::export::rules::RUNTIMES;
 use qrmc_lowering::export::{self, Entry, ExportError, FORMATS, Format, Linear, Part, Plan, View, onnx};
 use serde_json::{Value, json};
 
 use super::opt::faults;
-use super::{card, emit, plan};
+use super::{card, check, emit, plan};
 use crate::cli::{ExportArgs, OnnxForm};
 use crate::fail::{FAILURE, Failure};
 use crate::memory::{Watch, show_bytes};
@@ -81,6 +82,11 @@ pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
     if args.form.is_some() && !matches!(kind, Kind::Onnx) {
         return Err(Failure::usage("--form is for --format onnx").hint("leave it out"));
     }
+    if !args.tp.is_empty() && !matches!(kind, Kind::Safetensors(_)) {
+        return Err(
+            Failure::usage(format!("--tp: {} files are not cut for ranks", kind.name())).hint("leave it out")
+        );
+    }
     let engine = super::engine(&args.machine)?;
     let model = model::open_to_pass(&args.model, &engine)?;
     model.tell(ui);
@@ -99,6 +105,7 @@ pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
     match kind {
         Kind::Safetensors(format) => {
             let view = view()?;
+            ranks(&view, format.name(), &args.tp)?;
             let planned = format.plan(&view, &*model.weights)?;
             output = prepare(&target, planned.bytes())?;
             manifest = write(&model, &view, &planned, &card, &output, args.shard_size, ui)?;
@@ -132,6 +139,15 @@ pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
         done.show(kind, start, ui);
     }
     Ok(())
+}
+
+/// Refuses what cannot be cut for some numbers of ranks, by the rules of the runtime that cuts this format.
+fn ranks(view: &View, format: &str, tp: &[u32]) -> Result<(), Failure> {
+    let cuts = RUNTIMES.into_iter().find(|r| r.formats.contains(&format));
+    match cuts.filter(|_| !tp.is_empty()) {
+        Some(runtime) => check::refuse(runtime, runtime.faults(view, format, tp)),
+        None => Ok(()),
+    }
 }
 
 /// The manifest of an export whose tensors are in files of their own; `files` travel with them.

@@ -97,7 +97,7 @@ fn described(runtime: &Runtime, args: &CheckArgs) -> Result<Vec<Fault>, Failure>
 }
 
 /// The first fault, and how many there are.
-fn refuse(runtime: &Runtime, faults: Vec<Fault>) -> Result<(), Failure> {
+pub(crate) fn refuse(runtime: &Runtime, faults: Vec<Fault>) -> Result<(), Failure> {
     let Some(first) = faults.first() else { return Ok(()) };
     let more = if faults.len() > 1 { format!(" (and {} more)", faults.len() - 1) } else { String::new() };
     let what = format!("{} {} would refuse it: {}{more}", runtime.name, runtime.version, first.what);
