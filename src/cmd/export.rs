@@ -132,7 +132,8 @@ pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
         }
     }
     output.publish()?;
-    let done = Done { target, manifest, losses, notes, peak: watch.peak() };
+    let coded = model.is_quantized();
+    let done = Done { target, manifest, coded, losses, notes, peak: watch.peak() };
     if ui.json() {
         ui.object(&done.json(kind));
     } else {
@@ -252,6 +253,8 @@ fn finish(
 struct Done {
     target: PathBuf,
     manifest: Manifest,
+    /// Whether some matrices have codes.
+    coded: bool,
     losses: Vec<(String, f64)>,
     notes: Vec<String>,
     peak: u64,
@@ -291,7 +294,8 @@ impl Done {
             start.elapsed().as_secs_f64()
         ));
         match self.worst() {
-            None => ui.out("  codes, scales and zero points are the artefact's"),
+            None if self.coded => ui.out("  codes, scales and zero points are the artefact's"),
+            None => {}
             Some((name, loss)) => ui.out(&format!(
                 "  {} matrices were rounded again: relative error {loss:.1e} at most, in {name}",
                 self.losses.len()

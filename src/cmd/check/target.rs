@@ -49,7 +49,7 @@ pub(super) fn run(args: &CheckArgs, runtime: &Runtime, ui: &Ui) -> Result<(), Fa
         }));
     } else if faults.is_empty() {
         ui.out(&format!(
-            "{} {} loads this {format}, on {} ranks",
+            "{} {} loads it as {format}, for tp {}",
             runtime.name,
             runtime.version,
             ranks.join(", ")
