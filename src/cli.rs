@@ -324,8 +324,8 @@ pub(crate) struct CheckArgs {
     /// largest of their tensor, or of what a product adds
     #[arg(long)]
     pub(crate) parity: bool,
-    /// Replay what a runtime asks of names, shapes, schemes and ranks: vllm, vllm-ascend, transformers, llama.cpp or
-    /// onnxruntime
+    /// Replay what a runtime asks of names, shapes, schemes and ranks: vllm, vllm-cpu, vllm-ascend, transformers,
+    /// gptqmodel, llama.cpp or onnxruntime
     #[arg(long, value_name = "NAME")]
     pub(crate) target: Option<String>,
     /// Ranks of tensor parallelism for --target, such as 1,2,4 [default: 1]

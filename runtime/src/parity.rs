@@ -16,6 +16,9 @@ use crate::session::{last_row, layer_caches, load_end};
 /// of the magnitudes of what a product adds.
 pub const BOUND: f64 = 2e-5;
 
+/// Bytes of memory that the reference takes for each element of the operands of a step, about.
+pub const REFERENCE_BYTES: u64 = 40;
+
 /// What the steps of one kind gave.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct KindParity {
@@ -49,7 +52,7 @@ pub struct Parity {
 /// How much of a model is compared.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Extent {
-    /// Steps with more elements in their operands are left out: the reference takes some forty bytes of memory for each.
+    /// Steps with more elements in their operands are left out: the reference takes [`REFERENCE_BYTES`] for each.
     pub elements: u64,
     /// Whether layers of the same structure as one before are run.
     pub every_layer: bool,

@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
-use qrmc_ir::{Module, Tensor};
+use qrmc_ir::{Elem, Module, Tensor};
 use qrmc_lowering::materialize;
 use qrmc_passes::{Pipeline, Preserves, find};
 use qrmc_runtime::cpu::{MatRef, matmul};
 use qrmc_runtime::engine::CpuEngine;
+use qrmc_runtime::parity::{Extent, REFERENCE_BYTES};
 
 use super::check;
 use super::recipe::Settings;
@@ -145,6 +146,9 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
         }
         flops += calibration_flops(&module, &s.pipeline, tokens, c.seqlen as u64);
     }
+    if s.check {
+        memory = memory.max(parity_bytes(&plan.module));
+    }
     if s.check
         && s.pipeline.0.iter().any(|c| find(&c.name).is_some_and(|p| p.info().preserves != Preserves::Lossy))
     {
@@ -190,6 +194,21 @@ fn free_bytes(path: &std::path::Path) -> Option<u64> {
     let out = std::process::Command::new("df").args(["-Pk"]).arg(path).output().ok()?;
     let text = String::from_utf8(out.stdout).ok()?;
     text.lines().nth(1)?.split_whitespace().nth(3)?.parse::<u64>().ok().map(|k| k * 1024)
+}
+
+/// Comparing kernels with the reference: the private tensors of one function, and in the reference the operands of one
+/// step.
+fn parity_bytes(m: &Module) -> u64 {
+    let most = Extent::quick(m).elements;
+    let all = || {
+        m.weights().iter().map(|w| {
+            let elements = w.ty.shape.as_fixed().map_or(0, |s| s.iter().product::<usize>()) as u64;
+            (w.ty.elem, elements)
+        })
+    };
+    let held = all().filter(|(e, _)| *e == Elem::F32).map(|(_, n)| 4 * n).max().unwrap_or(0);
+    let step = all().map(|(_, n)| n).filter(|n| *n <= most).max().unwrap_or(0);
+    held + REFERENCE_BYTES * step
 }
 
 pub(crate) fn module_bytes(m: &Module) -> u64 {
