@@ -3,7 +3,7 @@
 
     python tests/clients/onnx_export.py --qrmc target/release/qrmc --work DIR [--model MODEL_OR_ARTEFACT]...
 
-Every model is exported in both forms and opened with onnxruntime's defaults on the CPU.
+Needs numpy, onnx, onnxruntime, safetensors and tokenizers. Every model is exported in both forms and opened with onnxruntime's defaults on the CPU.
 
 - The fixtures have logits of transformers: prompts at once, prompts in parts with the cache, padded batches.
 - The shipped model, as it is and quantized: perplexity and greedy tokens beside those of qrmc.

@@ -123,7 +123,7 @@ pub fn write(
     let mut args = vec![Value::Plain(INPUT_IDS.to_owned()), Value::Positions(POSITION_IDS.to_owned())];
     args.extend(past.iter().map(|name| Value::Heads(name.clone())));
     let weights = Weights::new(module, weights);
-    let mut walk = Walk { module, form: options.form, weights, g, shared: Shared::default() };
+    let mut walk = Walk { module, form: options.form, weights, g, depth: 0, shared: Shared::default() };
     let results = walk.func(main, args)?;
     let mut outputs = Vec::new();
     for (i, (v, &id)) in results.iter().zip(&main.results).enumerate() {

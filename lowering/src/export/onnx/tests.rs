@@ -246,6 +246,20 @@ fn refusals_say_what_and_where() {
     parts.funcs.pop();
     let e = refused(&parts, &Bytes::of(&parts));
     assert!(e.contains("no @main"), "{e}");
+    // Each function calls the one before twice.
+    let mut text =
+        qrmc_ir::print(&good).replace("call @head %1", "call @f40 %1").replace("func @main", "MAIN");
+    let (before, main) = text.split_once("MAIN").unwrap();
+    let head = "(%x: f32[B, S, 48]) -> (f32[B, S, 8])";
+    let twice = |n: usize| {
+        format!("%0 = call @f{} %x\n  %1 = call @f{} %x\n  %2 = add %0, %1\n  return %2", n - 1, n - 1)
+    };
+    let last = format!("func @f0{head} {{\n  %0 = call @head %x\n  return %0\n}}\n");
+    let chain: String = (1..=40).map(|n| format!("func @f{n}{head} {{\n  {}\n}}\n", twice(n))).collect();
+    text = format!("{before}{last}{chain}func @main{main}");
+    let deep = parse(&text).unwrap();
+    let e = refused(&deep, &Bytes::of(&deep));
+    assert!(e.contains("deeper than 8"), "{e}");
     let mut facts = good.clone();
     facts.facts.head_dim = 8;
     let e = refused(&facts, &Bytes::of(&facts));
