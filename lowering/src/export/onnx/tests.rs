@@ -186,6 +186,18 @@ fn names_and_operators_of_the_forms() {
     for r in [&standard, &ort] {
         let outputs: Vec<&str> = r.model.graph.output.iter().map(|o| o.name.as_str()).collect();
         assert_eq!(outputs, ["logits", "present.0.key", "present.0.value"]);
+        // Each name of the configuration is an input or output, and the other way round.
+        let decoder = &r.genai["model"]["decoder"];
+        for (part, have) in
+            [("inputs", names(r)), ("outputs", outputs.iter().map(|o| (*o).to_owned()).collect())]
+        {
+            let named = decoder[part].as_object().unwrap().values();
+            let mut named: Vec<String> = named.map(|v| v.as_str().unwrap().replace("%d", "0")).collect();
+            let mut have = have.clone();
+            named.sort();
+            have.sort();
+            assert_eq!(named, have, "{part}");
+        }
         // The tied table is one initializer, in its stored type.
         let tables: Vec<_> = r.model.graph.initializer.iter().filter(|t| t.name.contains("embed")).collect();
         assert_eq!(tables.len(), 1);
