@@ -3,10 +3,11 @@
 
     python tests/clients/onnx_export.py --qrmc target/release/qrmc --work DIR [--model MODEL_OR_ARTEFACT]...
 
-Every model is exported in both forms and opened with onnxruntime's defaults on the CPU.
+Needs numpy, onnx, onnxruntime, onnxruntime-genai, safetensors and tokenizers. Every model is exported in both forms and opened with onnxruntime's defaults on the CPU.
 
 - The fixtures have logits of transformers: prompts at once, prompts in parts with the cache, padded batches.
-- The shipped model, as it is and quantized: perplexity and greedy tokens beside those of qrmc.
+- The shipped model, as it is and quantized: perplexity and greedy tokens beside those of qrmc, the tokens in
+  onnxruntime-genai, too.
 - Each quantized product of layer 0 alone: numpy computes it from the artefact's tensors, by docs/artefact.md.
 
 DIR keeps what is compiled and exported. The last line counts the checks.
@@ -22,6 +23,7 @@ import sys
 import numpy as np
 import onnx
 import onnxruntime
+import onnxruntime_genai
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
@@ -144,6 +146,18 @@ def perplexity(decoder, ids):
     return math.exp(total / (WINDOWS * (CTX - 1)))
 
 
+def genai(folder, prompt, count):
+    """Greedy tokens of onnxruntime-genai, which reads genai_config.json."""
+    model = onnxruntime_genai.Model(str(folder))
+    options = onnxruntime_genai.GeneratorParams(model)
+    options.set_search_options(max_length=len(prompt) + count, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, options)
+    generator.append_tokens(np.array([prompt], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(t) for t in generator.get_sequence(0)][len(prompt) :]
+
+
 def whole_model(args, model, name, kind, form):
     folder = export(args, model, name, form)
     d = Decoder(folder)
@@ -165,10 +179,13 @@ def whole_model(args, model, name, kind, form):
     for _ in said["tokens"]:
         tokens.append(int(logits[0, -1].argmax()))
         logits = d.run([tokens[-1:]])
+    generated = genai(folder, prompt, len(said["tokens"]))
     same = next((i for i, (a, b) in enumerate(zip(tokens, said["tokens"])) if a != b), len(tokens))
     seen = f"{same} of {len(tokens)} greedy tokens are equal from the start"
     if kind == "weights":
         check(f"{name} {form}: tokens", same == len(tokens), seen)
+        together = sum(a == b for a, b in zip(generated, said["tokens"]))
+        check(f"{name} {form}: genai", generated == said["tokens"], f"{together} of {len(tokens)} tokens are equal")
     else:
         # One code decides where two tokens are nearly as likely.
         print(f"     {name} {form}: {seen}")
@@ -255,7 +272,8 @@ def main():
     p.add_argument("--model", action="append", default=[], type=pathlib.Path, help="another model or artefact")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    print(f"onnxruntime {onnxruntime.__version__}, onnx {onnx.__version__}")
+    versions = [f"{m.__name__} {m.__version__}" for m in (onnxruntime, onnxruntime_genai, onnx)]
+    print(", ".join(versions))
     for folder in sorted((DATA / "fixtures").iterdir()):
         for form in ("qdq", "ort"):
             if (folder / "reference.safetensors").exists():

@@ -5,6 +5,7 @@
 
 mod attention;
 mod data;
+mod genai;
 mod graph;
 mod integer;
 mod nbits;
@@ -34,6 +35,8 @@ use walk::{Shared, Value, Walk};
 pub const MODEL: &str = "model.onnx";
 /// The file of external data beside it.
 pub const DATA: &str = "model.onnx.data";
+/// What onnxruntime-genai reads.
+pub const GENAI: &str = "genai_config.json";
 
 /// Version 10 of the format has 4-bit integers.
 const IR_VERSION: i64 = 10;
@@ -83,7 +86,7 @@ pub enum OnnxError {
     Write(#[from] ArtefactError),
 }
 
-/// Writes [`MODEL`] and [`DATA`] into a folder. One weight at a time is in memory.
+/// Writes [`MODEL`], [`DATA`] and [`GENAI`] into a folder. One weight at a time is in memory.
 ///
 /// # Errors
 /// If `@main` is no decoder, an operation or a scheme has no form in ONNX, a weight cannot be read, or a file cannot be
@@ -123,7 +126,7 @@ pub fn write(
     let mut args = vec![Value::Plain(INPUT_IDS.to_owned()), Value::Positions(POSITION_IDS.to_owned())];
     args.extend(past.iter().map(|name| Value::Heads(name.clone())));
     let weights = Weights::new(module, weights);
-    let mut walk = Walk { module, form: options.form, weights, g, shared: Shared::default() };
+    let mut walk = Walk { module, form: options.form, weights, g, depth: 0, shared: Shared::default() };
     let results = walk.func(main, args)?;
     let mut outputs = Vec::new();
     for (i, (v, &id)) in results.iter().zip(&main.results).enumerate() {
@@ -154,6 +157,7 @@ pub fn write(
         inputs.push(value(POSITION_IDS, DataType::INT64, &[BATCH, NEW]));
     }
     inputs.extend(past.iter().map(|name| value(name, FLOAT, &heads(facts, PAST))));
+    write_file(&folder.join(GENAI), genai::config(facts, walk.shared.positions).as_bytes())?;
     let model = message(walk.g, inputs, outputs, options.form, &facts.arch)?;
     let path = folder.join(MODEL);
     let bytes = model.write_to_bytes().map_err(|e| ArtefactError::new(&path, e.to_string()))?;

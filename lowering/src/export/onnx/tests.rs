@@ -186,6 +186,18 @@ fn names_and_operators_of_the_forms() {
     for r in [&standard, &ort] {
         let outputs: Vec<&str> = r.model.graph.output.iter().map(|o| o.name.as_str()).collect();
         assert_eq!(outputs, ["logits", "present.0.key", "present.0.value"]);
+        // Each name of the configuration is an input or output, and the other way round.
+        let decoder = &r.genai["model"]["decoder"];
+        for (part, have) in
+            [("inputs", names(r)), ("outputs", outputs.iter().map(|o| (*o).to_owned()).collect())]
+        {
+            let named = decoder[part].as_object().unwrap().values();
+            let mut named: Vec<String> = named.map(|v| v.as_str().unwrap().replace("%d", "0")).collect();
+            let mut have = have.clone();
+            named.sort();
+            have.sort();
+            assert_eq!(named, have, "{part}");
+        }
         // The tied table is one initializer, in its stored type.
         let tables: Vec<_> = r.model.graph.initializer.iter().filter(|t| t.name.contains("embed")).collect();
         assert_eq!(tables.len(), 1);
@@ -246,6 +258,20 @@ fn refusals_say_what_and_where() {
     parts.funcs.pop();
     let e = refused(&parts, &Bytes::of(&parts));
     assert!(e.contains("no @main"), "{e}");
+    // Each function calls the one before twice.
+    let mut text =
+        qrmc_ir::print(&good).replace("call @head %1", "call @f40 %1").replace("func @main", "MAIN");
+    let (before, main) = text.split_once("MAIN").unwrap();
+    let head = "(%x: f32[B, S, 48]) -> (f32[B, S, 8])";
+    let twice = |n: usize| {
+        format!("%0 = call @f{} %x\n  %1 = call @f{} %x\n  %2 = add %0, %1\n  return %2", n - 1, n - 1)
+    };
+    let last = format!("func @f0{head} {{\n  %0 = call @head %x\n  return %0\n}}\n");
+    let chain: String = (1..=40).map(|n| format!("func @f{n}{head} {{\n  {}\n}}\n", twice(n))).collect();
+    text = format!("{before}{last}{chain}func @main{main}");
+    let deep = parse(&text).unwrap();
+    let e = refused(&deep, &Bytes::of(&deep));
+    assert!(e.contains("deeper than 8"), "{e}");
     let mut facts = good.clone();
     facts.facts.head_dim = 8;
     let e = refused(&facts, &Bytes::of(&facts));

@@ -12,6 +12,10 @@ use super::nbits::Blocks;
 use super::stored::{Packed, Weights};
 use super::{Form, OnnxError};
 
+/// Calls in one another, and nodes of the graph, beyond which a module is no decoder: calls are inlined.
+const DEPTH: usize = 8;
+const NODES: usize = 1 << 20;
+
 /// What a value of the IR is in the graph.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Value {
@@ -44,6 +48,8 @@ pub(super) struct Walk<'a> {
     pub(super) form: Form,
     pub(super) weights: Weights<'a>,
     pub(super) g: Graph,
+    /// Calls around the function in the making.
+    pub(super) depth: usize,
     /// Names of what the whole graph shares.
     pub(super) shared: Shared,
 }
@@ -127,9 +133,18 @@ impl Walk<'_> {
             Op::Edge => one(ins[0].clone()),
             Op::Call(id) => {
                 let callee = self.module.func(*id);
+                self.depth += 1;
+                if self.depth > DEPTH || self.g.nodes.len() > NODES {
+                    let what =
+                        format!("calls in one another deeper than {DEPTH}, or more than {NODES} nodes");
+                    return Err(Diag::new("Q0501", what)
+                        .hint("@main of a decoder calls each layer once")
+                        .into());
+                }
                 let outer = self.g.enter(&callee.name);
                 let outs = self.func(callee, ins.into_iter().cloned().collect())?;
                 self.g.enter(&outer);
+                self.depth -= 1;
                 Ok(outs)
             }
             Op::DCast => match ins[..] {

@@ -6,13 +6,14 @@ use onnx_protobuf::tensor_proto::{DataLocation, DataType};
 use onnx_protobuf::{AttributeProto, Message, ModelProto, NodeProto, TensorProto};
 use qrmc_ir::{Module, WeightSource, verify};
 
-use crate::export::onnx::{DATA, Form, MODEL, Options, write};
+use crate::export::onnx::{DATA, Form, GENAI, MODEL, Options, write};
 
 /// An export, read back.
 pub(super) struct Read {
     pub(super) model: ModelProto,
     pub(super) data: Vec<u8>,
     pub(super) file: Vec<u8>,
+    pub(super) genai: serde_json::Value,
 }
 
 impl Read {
@@ -23,7 +24,8 @@ impl Read {
         let file = std::fs::read(dir.path().join(MODEL)).unwrap();
         let data = std::fs::read(dir.path().join(DATA)).unwrap();
         let model = ModelProto::parse_from_bytes(&file).unwrap();
-        let read = Read { model, data, file };
+        let genai = serde_json::from_slice(&std::fs::read(dir.path().join(GENAI)).unwrap()).unwrap();
+        let read = Read { model, data, file, genai };
         read.check();
         read
     }
