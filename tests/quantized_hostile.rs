@@ -184,6 +184,9 @@ fn tensors_that_are_missing() {
     let folder = Folder::of(PACK);
     assert!(folder.tensors.contains_key(&shape));
     folder.without(&shape).refused(&[&shape, "missing"]);
+    // A shape of codes that are not there.
+    let bytes: Vec<u8> = [192i64, 64].iter().flat_map(|n| n.to_le_bytes()).collect();
+    Folder::of(AWQ).with(&shape, Dtype::I64, &[2], bytes).refused(&[&shape, &up("weight_packed")]);
     // A layer that is gone altogether.
     let mut gone = Folder::of(AWQ);
     gone.tensors.retain(|n, _| !n.starts_with(UP));
