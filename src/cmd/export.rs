@@ -127,7 +127,8 @@ pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
             let verified = verify(&model.module).map_err(faults)?;
             output = prepare(&target, plan::module_bytes(&model.module))?;
             onnx::write(verified, &*model.weights, &output.folder(), &onnx::Options { form })?;
-            manifest = taken(&output, &[onnx::MODEL, onnx::DATA], &model.files, &model, &card, &[])?;
+            manifest =
+                taken(&output, &[onnx::MODEL, onnx::DATA, onnx::GENAI], &model.files, &model, &card, &[])?;
             notes = Vec::new();
         }
     }

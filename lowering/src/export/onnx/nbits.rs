@@ -92,6 +92,7 @@ impl Weights<'_> {
             }
             _ => None,
         };
+        self.release(p);
         let mut inputs = vec![x, &codes, &scale];
         inputs.extend(zero.as_deref());
         let attributes = vec![

@@ -98,6 +98,14 @@ impl<'a> Weights<'a> {
         p.zero.map(|z| Ok(self.raw(z)?.bytes.into_owned())).transpose()
     }
 
+    /// Gives back what was mapped for a quantized weight.
+    pub(super) fn release(&self, p: Packed) {
+        [Some(p.codes), Some(p.scale), p.zero]
+            .into_iter()
+            .flatten()
+            .for_each(|w| self.source.release(self.name(w)));
+    }
+
     fn once(
         &mut self,
         g: &mut Graph,
@@ -108,6 +116,12 @@ impl<'a> Weights<'a> {
             return Ok(name.clone());
         }
         let name = make(self, g)?;
+        match key {
+            Made::Stored(w) | Made::Float(w) | Made::FloatTransposed(w) => self.source.release(self.name(w)),
+            Made::Bytes(p) | Made::Sums(p) | Made::Dequantized(p) | Made::DequantizedTransposed(p) => {
+                self.release(p);
+            }
+        }
         g.pin(&name);
         self.made.insert(key, name.clone());
         Ok(name)
