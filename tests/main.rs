@@ -4,6 +4,7 @@
 mod awq;
 mod batching;
 mod cli;
+mod corpus;
 mod degenerate;
 mod export;
 mod formats;

@@ -69,6 +69,11 @@ impl Linear {
         matches!(self.scheme.storage, Storage::Packed | Storage::Bytes).then(|| self.tensor("weight_scale"))
     }
 
+    /// Whether the layout is one of those that have `qweight`.
+    pub(super) fn has_qweight(&self) -> bool {
+        matches!(self.scheme.storage, Storage::Awq | Storage::Gptq { .. })
+    }
+
     fn read_words(&self, files: &SafetensorsFolder, part: &str) -> Result<Vec<u32>, WeightError> {
         Ok(ints(files, &self.tensor(part))?.into_iter().map(|w| w as u32).collect())
     }

@@ -18,7 +18,7 @@ mod config;
 mod linear;
 mod open;
 
-use config::Rules;
+use config::{Rules, Storage};
 use linear::Linear;
 
 /// The ends of the names of tensors that hold packed codes.
@@ -140,7 +140,7 @@ impl QuantizedFolder {
                 tensors.extend(handed_out(&linears[i], i, integers));
                 continue;
             }
-            if beside(folder, &name, &index)? {
+            if beside(folder, &name, |m| index.get(m).map(|&i| &linears[i]))? {
                 continue;
             }
             let module = name.strip_suffix(".weight").filter(|m| *m != EMBEDDING && ty.shape.rank() == 2);
@@ -151,7 +151,9 @@ impl QuantizedFolder {
             }
             tensors.push((name, ty, Origin::File));
         }
-        if let Some((name, _)) = files.shapes().find(|(name, _)| !index.contains_key(*name)) {
+        let packed =
+            |name: &str| index.get(name).is_some_and(|&i| linears[i].scheme.storage == Storage::Packed);
+        if let Some((name, _)) = files.shapes().find(|(name, _)| !packed(name)) {
             return Err(lonely(folder, &format!("{name}.weight_shape"), &format!("{name}.weight_packed")));
         }
         let by_name = tensors.iter().enumerate().map(|(i, (name, ..))| (name.clone(), i)).collect();
@@ -195,12 +197,18 @@ fn coded<'a>(name: &'a str, ty: &TensorType) -> Option<&'a str> {
     PACKED.iter().find_map(|p| name.strip_suffix(p)).or(byte)
 }
 
-/// Whether a tensor goes with the codes of a layer.
-fn beside(folder: &Path, name: &str, index: &HashMap<String, usize>) -> Result<bool, ImportError> {
+/// Whether a tensor goes with the codes of a layer, in the layout that the layer has.
+fn beside<'a>(
+    folder: &Path,
+    name: &str,
+    layer: impl Fn(&str) -> Option<&'a Linear>,
+) -> Result<bool, ImportError> {
     let found = BESIDE.iter().find_map(|(end, codes)| Some((name.strip_suffix(end)?, codes)));
     match found {
         None => Ok(false),
-        Some((module, _)) if index.contains_key(module) => Ok(true),
+        Some((module, codes)) if layer(module).is_some_and(|l| l.has_qweight() == (*codes == "qweight")) => {
+            Ok(true)
+        }
         Some((module, codes)) => Err(lonely(folder, name, &format!("{module}.{codes}"))),
     }
 }
