@@ -37,13 +37,15 @@ class Artefact:
                 continue
             sign, bits, rows, cols = re.match(r"([iu])(\d+)<.*>\[(\d+), (\d+)\]", tensor["type"]).groups()
             bits, rows, cols, base = int(bits), int(rows), int(cols), name.removesuffix(".codes")
+            # A head that shares the embedding in the source has a matrix of its own here.
+            module = "lm_head" if base == "model.embed_tokens.weight.head" else base.removesuffix(".weight")
             codes = unpack(files[name], bits, cols)
             scale = files[f"{base}.scale"].float().reshape(rows, -1)
             zero = files.get(f"{base}.zero")
             middle = 1 << (bits - 1) if sign == "i" else 0
             zero = torch.full(scale.shape, middle) if zero is None else zero.int().reshape(rows, -1)
             groups = (codes.reshape(rows, scale.shape[1], -1) - zero[:, :, None]).float() * scale[:, :, None]
-            self.matrices[base.removesuffix(".weight")] = groups.reshape(rows, cols)
+            self.matrices[module] = groups.reshape(rows, cols)
 
     def activations(self):
         """Whether inputs of 8 bits are symmetric; None where they are not rounded."""
@@ -58,11 +60,8 @@ class Artefact:
             assert len(ids) == run["prompt_tokens"], f"{run['prompt']!r}: {ids}, qrmc has {run['prompt_tokens']} tokens"
             yield ids, run["tokens"]
 
-    def reference(self):
-        """Log-probabilities `[tokens, vocabulary]` in f32 of what follows each prompt, each with qrmc's tokens before it."""
-        kept = self.folder.with_suffix(".npz")
-        if kept.exists():
-            return [torch.from_numpy(x) for x in np.load(kept).values()]
+    def model(self):
+        """The artefact in f32, as transformers computes it, with inputs rounded as the artefact says."""
         config = AutoConfig.from_pretrained(self.folder)
         config.tie_word_embeddings &= "lm_head" not in self.matrices
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -73,11 +72,21 @@ class Artefact:
         if symmetric is not None:
             for name in self.matrices.keys() - {"lm_head"}:
                 model.get_submodule(name).register_forward_pre_hook(lambda _, x: (rounded(x[0], symmetric),))
-        out = []
+        return model
+
+    def reference(self):
+        """Log-probabilities `[tokens, vocabulary]` in f32 of what follows each prompt, each with qrmc's tokens before it."""
+        kept = self.folder.with_suffix(".npz")
+        if kept.exists():
+            return [torch.from_numpy(x) for x in np.load(kept).values()]
+        model, out = self.model(), []
         with torch.inference_mode():
             for ids, tokens in self.prompts():
                 logits = model(torch.tensor([ids + tokens[:-1]])).logits[0, len(ids) - 1 :]
                 out.append(logits.log_softmax(-1))
+        # qrmc's tokens are the likeliest of f32, but for near-ties.
+        for step, token in ((x[i], t) for x, (_, ts) in zip(out, self.prompts()) for i, t in enumerate(ts)):
+            assert step.max() - step[token] < 1e-3, f"{self.folder}: qrmc's token {token} is not the likeliest of f32"
         np.savez(kept, *[x.numpy() for x in out])
         return out
 

@@ -34,6 +34,9 @@ SCHEMES = {
     "W3 g64 sym": (["rtn{bits=3,group=64,sym=true,scale=f16}"], ["tiny"], WEIGHTS[1:]),
     "W8 g64": (["rtn{bits=8,group=64,scale=f16}"], ["tiny"], WEIGHTS[1:]),
     "W8 g64 sym": (["rtn{bits=8,group=64,sym=true,scale=f16}"], ["tiny", "smollm2"], WEIGHTS[1:]),
+    "W4 g32": (["rtn{bits=4,group=32,scale=f16}"], ["tiny", "smollm2"], ["gguf"]),
+    "W4 g32 sym": (["rtn{bits=4,group=32,sym=true,scale=f16}"], ["tiny", "smollm2"], ["gguf"]),
+    "W8 g32 sym": (["rtn{bits=8,group=32,sym=true,scale=f16}"], ["tiny", "smollm2"], ["gguf"]),
     "W8A8 asym": (["rtn{bits=8,a=8,group=row,sym=true}"], ["tiny", "smollm2"], WEIGHTS[3:]),
     "W8A8 sym": (["annotate{w=8,group=row,sym=true,a=8,a_sym=true}", "rtn"], ["tiny", "smollm2"], WEIGHTS[3:]),
 }

@@ -37,8 +37,11 @@ class Client:
         self.top([0], 0)
 
     def matrix(self, name):
-        """What a layer multiplies one-hot inputs by: its matrix, as exact as its kernel makes it."""
+        """A layer's weight, or, where it holds codes, what it multiplies one-hot inputs by: as exact as its kernel is."""
         layer = self.model.get_submodule(name)
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+            return weight.detach()
         inputs = torch.eye(layer.in_features, dtype=self.model.dtype)
         bias, layer.bias = getattr(layer, "bias", None), None
         with torch.inference_mode():

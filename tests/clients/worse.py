@@ -30,7 +30,7 @@ def main():
     bad = 0
     for key, (rank, bound, line) in new.items():
         before = kept.get(key, (1, float("inf"), ""))
-        if rank < before[0] or bound > 2 * before[1]:
+        if rank < before[0] or bound > 2 * max(before[1], 1e-4):
             bad += 1
             print(f"worse: {line}\nwas:   {before[2]}", file=sys.stderr)
     sys.exit(bad > 0)
