@@ -82,7 +82,7 @@ def main():
         lines.append(f"{head} - | | perplexity {theirs:.3f}, qrmc {ours:.3f} | {gap:.1e} |" + " WRONG |" * (gap > TOLERANCE))
         print(lines[-1], flush=True)
         a.table.write_text("\n".join(lines) + "\n")
-    sys.exit(bad > 0)
+    sys.exit(3 if bad else 0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def rows(files):
             continue
         runtime = re.sub(r" [0-9][^ ]*", "", cells[3])
         wrong = cells[-1] == "WRONG"
-        rank = 0 if wrong else 1 if cells[6].startswith("refused") else 3 if cells[6].startswith("same") else 2
+        rank = 0 if wrong else 1 if cells[6].startswith(("refused", "fails")) else 3 if cells[6].startswith("same") else 2
         out[(*cells[:3], runtime)] = (rank, float(cells[7] or "inf"), line)
     return out
 
