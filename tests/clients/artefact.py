@@ -1,0 +1,105 @@
+"""Artefacts as docs/artefact.md describes them, and what they compute in f32: read here without any code of qrmc's."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def unpack(rows, bits, cols):
+    """Codes `[rows, cols]` of dense little-endian bit streams, a row each."""
+    stream = np.unpackbits(rows.numpy(), axis=1, bitorder="little")[:, : bits * cols]
+    weights = (1 << np.arange(bits)).astype(np.uint16)
+    return torch.from_numpy((stream.reshape(len(rows), cols, bits) * weights).sum(2, dtype=np.int32))
+
+
+class Artefact:
+    """`floats`: tensors that have no codes; `matrices`: f32 `scale * (code - zero)`, by module name."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        listed, files = self.manifest["tensors"], {}
+        for file in {t["file"] for t in listed.values()}:
+            with safe_open(self.folder / file, "pt") as f:
+                files |= {k: f.get_tensor(k) for k in f.keys()}
+        self.floats, self.matrices = {}, {}
+        for name, tensor in listed.items():
+            if re.search(r"\.(scale|zero)$", name):
+                continue
+            if not name.endswith(".codes"):
+                self.floats[name] = files[name]
+                continue
+            sign, bits, rows, cols = re.match(r"([iu])(\d+)<.*>\[(\d+), (\d+)\]", tensor["type"]).groups()
+            bits, rows, cols, base = int(bits), int(rows), int(cols), name.removesuffix(".codes")
+            # A head that shares the embedding in the source has a matrix of its own here.
+            module = "lm_head" if base == "model.embed_tokens.weight.head" else base.removesuffix(".weight")
+            codes = unpack(files[name], bits, cols)
+            scale = files[f"{base}.scale"].float().reshape(rows, -1)
+            zero = files.get(f"{base}.zero")
+            middle = 1 << (bits - 1) if sign == "i" else 0
+            zero = torch.full(scale.shape, middle) if zero is None else zero.int().reshape(rows, -1)
+            groups = (codes.reshape(rows, scale.shape[1], -1) - zero[:, :, None]).float() * scale[:, :, None]
+            self.matrices[module] = groups.reshape(rows, cols)
+
+    def activations(self):
+        """Whether inputs of 8 bits are symmetric; None where they are not rounded."""
+        said = re.search(r"\ba=8,a_sym=(true|false)", " ".join(self.manifest["pipeline"]))
+        return said and said[1] == "true"
+
+    def prompts(self):
+        """Prompt tokens and the tokens that qrmc continued with."""
+        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        for run in json.loads(self.folder.with_suffix(".json").read_text()):
+            ids = tokenizer.encode(run["prompt"]).ids
+            assert len(ids) == run["prompt_tokens"], f"{run['prompt']!r}: {ids}, qrmc has {run['prompt_tokens']} tokens"
+            yield ids, run["tokens"]
+
+    def model(self):
+        """The artefact in f32, as transformers computes it, with inputs rounded as the artefact says."""
+        config = AutoConfig.from_pretrained(self.folder)
+        config.tie_word_embeddings &= "lm_head" not in self.matrices
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        state = {k: v.float() for k, v in self.floats.items()} | {f"{k}.weight": v for k, v in self.matrices.items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+        symmetric = self.activations()
+        if symmetric is not None:
+            for name in self.matrices.keys() - {"lm_head"}:
+                model.get_submodule(name).register_forward_pre_hook(lambda _, x: (rounded(x[0], symmetric),))
+        return model
+
+    def reference(self):
+        """Log-probabilities `[tokens, vocabulary]` in f32 of what follows each prompt, each with qrmc's tokens before it."""
+        kept = self.folder.with_suffix(".npz")
+        if kept.exists():
+            return [torch.from_numpy(x) for x in np.load(kept).values()]
+        model, out = self.model(), []
+        with torch.inference_mode():
+            for ids, tokens in self.prompts():
+                logits = model(torch.tensor([ids + tokens[:-1]])).logits[0, len(ids) - 1 :]
+                out.append(logits.log_softmax(-1))
+        # qrmc's tokens are the likeliest of f32, but for near-ties.
+        for step, token in ((x[i], t) for x, (_, ts) in zip(out, self.prompts()) for i, t in enumerate(ts)):
+            assert step.max() - step[token] < 1e-3, f"{self.folder}: qrmc's token {token} is not the likeliest of f32"
+        np.savez(kept, *[x.numpy() for x in out])
+        return out
+
+
+def rounded(x, symmetric):
+    """Tokens rounded to 8 bits in f32, zero in the range (methods.md §1.1)."""
+    high, low = x.amax(-1, keepdim=True).clamp(min=0), x.amin(-1, keepdim=True).clamp(max=0)
+    if symmetric:
+        scale = torch.maximum(high, -low) / 127
+        scale = torch.where(scale == 0, 1.0, scale)
+        return (x / scale).round().clamp(-128, 127) * scale
+    empty = (high == 0) & (low == 0)
+    high, low = torch.where(empty, 1.0, high), torch.where(empty, -1.0, low)
+    scale = (high - low) / 255
+    zero = (-low / scale).round()
+    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
