@@ -282,8 +282,11 @@ fn skipped_layers_stay_floats_and_are_named() {
         assert_eq!(x.config.pointer(at).and_then(Value::as_str), Some(name), "{format}");
         assert_eq!(x.floats(&format!("{name}.weight")).1, [128, 256]);
     }
-    ok(d, &["export", "a", "--format", "gptq-v2", "-o", "x"]);
-    let x = Exported::open(&d.join("x"));
-    let dynamic = x.config["quantization_config"]["dynamic"].as_object().unwrap();
-    assert_eq!(dynamic.keys().collect::<Vec<_>>(), ["-:^model\\.layers\\.1\\.mlp\\.down_proj$"]);
+    // GPTQModel reads patterns, of awq too.
+    for format in ["gptq-v2", "awq"] {
+        ok(d, &["export", "a", "--format", format, "-o", "x"]);
+        let x = Exported::open(&d.join("x"));
+        let dynamic = x.config["quantization_config"]["dynamic"].as_object().unwrap();
+        assert_eq!(dynamic.keys().collect::<Vec<_>>(), ["-:^model\\.layers\\.1\\.mlp\\.down_proj$"]);
+    }
 }

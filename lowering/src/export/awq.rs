@@ -3,7 +3,7 @@
 use qrmc_ir::{QuantSpec, ScaleType, WeightSource, words};
 use serde_json::json;
 
-use super::plan::{Plan, STEM, bytes, float_head, one_group, parts, scale_bytes, weights_only};
+use super::plan::{Plan, STEM, bytes, excluded, float_head, one_group, parts, scale_bytes, weights_only};
 use super::{ExportError, Format, Linear, Part, View};
 use crate::artefact::Dtype;
 
@@ -81,7 +81,7 @@ impl Format for Awq {
         let mut keep: Vec<&str> =
             view.float.iter().map(String::as_str).filter(|n| *n != super::HEAD).collect();
         keep.sort_unstable();
-        let quantization = json!({
+        let mut quantization = json!({
             "quant_method": "awq",
             "version": "gemm",
             "bits": BITS,
@@ -89,6 +89,10 @@ impl Format for Awq {
             "zero_point": true,
             "modules_to_not_convert": if keep.is_empty() { None } else { Some(keep) },
         });
+        if let Some(patterns) = excluded(view) {
+            // GPTQModel reads these, and takes layers of the other list for codes.
+            quantization["dynamic"] = patterns;
+        }
         let (compute, files) = (Some(ScaleType::F16), Vec::new());
         Ok(Plan { stem: STEM, parts: made, compute, quantization: Some(quantization), files, notes })
     }

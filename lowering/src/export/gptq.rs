@@ -2,9 +2,9 @@
 //! stores zero points less one.
 
 use qrmc_ir::{QuantSpec, ScaleType, WeightSource, words};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use super::plan::{Plan, STEM, bytes, dtype, one_group, parts, scale_bytes, weights_only};
+use super::plan::{Plan, STEM, bytes, dtype, excluded, one_group, parts, scale_bytes, weights_only};
 use super::{ExportError, Format, HEAD, Linear, Part, View};
 use crate::artefact::Dtype;
 
@@ -40,8 +40,12 @@ impl Format for Gptq {
 
     fn summary(&self) -> &'static str {
         match self.v2 {
-            true => "GPTQ with zero points as they are, W2 to W8: GPTQModel, vLLM",
-            false => "GPTQ with zero points less one, W2 to W8: GPTQModel, vLLM, transformers",
+            true => {
+                "GPTQ with zero points as they are, W2 to W8: GPTQModel, transformers; vLLM where they are the middle"
+            }
+            false => {
+                "GPTQ with zero points less one, W2 to W8: transformers; GPTQModel and vLLM where they are the middle"
+            }
         }
     }
 
@@ -143,13 +147,6 @@ impl Gptq {
 
     fn config(&self, view: &View, bits: u8, group: i64) -> Value {
         let symmetric = view.linears().all(|l| l.symmetric() && l.bits() == bits);
-        // Layers that stay floats, as GPTQModel's exclusion patterns.
-        let keep: Map<String, Value> = view
-            .float
-            .iter()
-            .filter(|n| *n != HEAD)
-            .map(|n| (format!("-:^{}$", n.replace('.', "\\.")), json!({})))
-            .collect();
         json!({
             "quant_method": "gptq",
             "checkpoint_format": if self.v2 { "gptq_v2" } else { "gptq" },
@@ -160,7 +157,7 @@ impl Gptq {
             "desc_act": false,
             "lm_head": view.linears().any(|l| l.name == HEAD),
             "pack_dtype": "int32",
-            "dynamic": if keep.is_empty() { Value::Null } else { Value::Object(keep) },
+            "dynamic": excluded(view),
             "meta": { "quantizer": [format!("qrmc:{}", env!("CARGO_PKG_VERSION"))] },
         })
     }

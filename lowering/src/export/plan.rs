@@ -211,6 +211,13 @@ pub(super) fn one_group(view: &View, format: &str) -> Result<i64, ExportError> {
     }
 }
 
+/// Layers that stay floats, as GPTQModel's patterns of exclusion; `None` if there are none.
+pub(super) fn excluded(view: &View) -> Option<Value> {
+    let pattern = |n: &String| (format!("-:^{}$", n.replace('.', "\\.")), Value::Object(Map::new()));
+    let keep: Map<String, Value> = view.float.iter().filter(|n| *n != HEAD).map(pattern).collect();
+    (!keep.is_empty()).then_some(Value::Object(keep))
+}
+
 /// Every tensor that is no part of a linear layer, as it is stored, and what `linear` makes of the others.
 pub(super) fn parts<'a>(
     view: &'a View,
