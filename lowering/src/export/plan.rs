@@ -144,6 +144,9 @@ pub trait Format: Sync {
     }
 
     /// The scheme nearest to that of a linear layer which the format holds exactly, if what it has does not fit.
+    ///
+    /// # Errors
+    /// If scales cannot be read.
     fn nearest(&self, l: &Linear, src: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError>;
 
     /// Plans an export.
