@@ -126,7 +126,6 @@ impl Tiles {
     }
 
     /// All pieces of some blocks, one block after another.
-    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn codes(&self, blocks: std::ops::Range<usize>) -> &[u8] {
         let each = self.block_bytes();
