@@ -57,23 +57,6 @@ impl Kind {
             Failure::usage(format!("there is no format `{name}`")).hint(format!("formats: {known}"))
         })
     }
-
-    /// How the model is seen as a checkpoint; an ONNX model is the graph itself.
-    fn view(self, model: &Model) -> Result<View, Failure> {
-        let source = model.outline()?;
-        Ok(match self {
-            Kind::Safetensors(f) => View::through(&model.module, &source, &|n| f.sees(&n.op))?,
-            Kind::Gguf | Kind::Onnx => View::of(&model.module, &source)?,
-        })
-    }
-
-    fn nearest(self, l: &Linear, src: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError> {
-        match self {
-            Kind::Safetensors(f) => f.nearest(l, src),
-            Kind::Gguf => export::gguf::nearest(l, src),
-            Kind::Onnx => Ok(None),
-        }
-    }
 }
 
 pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
@@ -94,17 +77,13 @@ pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
         args.output.clone().unwrap_or_else(|| PathBuf::from(format!("{}-{}", model.name(), kind.name())));
     let card = card::Card::new(&model, (kind.name(), kind.summary()), &args.evaluation)?;
     let mut losses = Vec::new();
-    let mut view = || -> Result<View, Failure> {
-        let mut view = kind.view(&model)?;
-        if args.requantize {
-            losses = requantize(&mut view, kind, &*model.weights)?;
-        }
-        Ok(view)
-    };
     let (output, manifest, notes);
     match kind {
         Kind::Safetensors(format) => {
-            let view = view()?;
+            let mut view = View::through(&model.module, &model.outline()?, &|op| format.sees(op))?;
+            if args.requantize {
+                losses = requantize(&mut view, &*model.weights, |l, src| format.nearest(l, src))?;
+            }
             ranks(&view, format.name(), &args.tp)?;
             let planned = format.plan(&view, &*model.weights)?;
             output = prepare(&target, planned.bytes())?;
@@ -112,7 +91,10 @@ pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
             notes = planned.notes;
         }
         Kind::Gguf => {
-            let view = view()?;
+            let mut view = View::of(&model.module, &model.outline()?)?;
+            if args.requantize {
+                losses = requantize(&mut view, &*model.weights, export::gguf::nearest)?;
+            }
             let planned = gguf::plan(&model, &view)?;
             output = prepare(&target, planned.bytes())?;
             gguf::write(&model, &planned, &output.folder(), ui)?;
@@ -174,15 +156,19 @@ fn prepare(target: &Path, bytes: u64) -> Result<Output, Failure> {
     Ok(output)
 }
 
-/// Rounds what does not fit; gives the loss of each matrix that was touched.
-fn requantize(view: &mut View, kind: Kind, src: &dyn WeightSource) -> Result<Vec<(String, f64)>, Failure> {
+/// Rounds what does not fit to the scheme that is `nearest`; gives the loss of each matrix that was touched.
+fn requantize(
+    view: &mut View,
+    src: &dyn WeightSource,
+    nearest: impl Fn(&Linear, &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError>,
+) -> Result<Vec<(String, f64)>, Failure> {
     let mut losses = Vec::new();
     for e in &mut view.entries {
         let Entry::Linear(l) = e else { continue };
-        if let Some(spec) = kind.nearest(l, src)? {
+        if let Some(spec) = nearest(l, src)? {
             l.target = Some(spec);
             losses.push((l.name.clone(), l.loss(src)?));
-            release(src, [l.codes.codes.as_str()]);
+            src.release(&l.codes.codes);
         }
     }
     Ok(losses)

@@ -3,13 +3,15 @@
 
 mod folder;
 
-use qrmc_ir::{Elem, Grain, Op, QuantSpec, ScaleType, WeightSource};
-use serde_json::{Map, Value, json};
+use std::collections::HashMap;
 
-use super::plan::{Plan, float_head, no_caches, parts, scale_bytes};
-use super::rules::FUSED;
+use qrmc_ir::{Elem, Grain, Op, QuantSpec, ScaleType, WeightSource};
+use serde_json::{Map, json};
+
+use super::plan::{Plan, float_head, json_file, no_caches, scale_bytes, signed_codes};
+use super::rules::differing;
 use super::{Entry, ExportError, Format, Linear, Part, View};
-use crate::artefact::{Dtype, TensorPlan};
+use crate::artefact::Dtype;
 
 /// Largest side of a matrix of a Kronecker pair that the operator takes, from CANN 8.5 on.
 const SIDE: usize = 256;
@@ -67,42 +69,41 @@ impl Format for Ascend {
     fn plan<'a>(&self, view: &'a View, src: &dyn WeightSource) -> Result<Plan<'a>, ExportError> {
         no_caches(view, self.name())?;
         float_head(view, self.name())?;
-        if view.linears().next().is_none() {
-            return Err(ExportError::illegal("no matrix of this model has codes")
-                .hint("compile with a pass that rounds weights, such as rtn"));
-        }
-        let types: Vec<(&Linear, Type)> =
-            view.linears().map(|l| Ok((l, kind(l, src)?))).collect::<Result<_, ExportError>>()?;
+        view.first()?;
+        let types: HashMap<&str, Type> = view
+            .linears()
+            .map(|l| Ok((l.name.as_str(), kind(l, src)?)))
+            .collect::<Result<_, ExportError>>()?;
         fused(view, &types)?;
-        let mut description = Map::new();
-        let mut made = parts(view, |l, out| {
-            let kind = types.iter().find(|(t, _)| t.name == l.name).map_or(Type::Float, |t| t.1);
-            linear(l, kind, src, out)?;
-            Ok(())
-        })?;
-        widen_biases(view, &mut made);
-        let of = |name: &str| {
-            let module = name.rsplit_once('.').map_or(name, |(m, _)| m);
-            let kind = types.iter().find(|(l, _)| l.name == module).map_or(Type::Float, |t| t.1);
-            if name.ends_with(".bias") { Type::Float } else { kind }
-        };
-        for p in &made {
-            description.insert(p.tensor.name.clone(), of(&p.tensor.name).name().into());
+        let mut made = Vec::new();
+        for e in &view.entries {
+            match e {
+                Entry::Linear(l) => linear(l, types[l.name.as_str()], src, &mut made)?,
+                // Biases of layers with codes are `f32` there.
+                Entry::Plain { stored, plan }
+                    if plan.name.strip_suffix(".bias").is_some_and(|m| types.contains_key(m)) =>
+                {
+                    made.push(Part::floats(stored, plan, Elem::F32));
+                }
+                Entry::Plain { stored, plan } => made.push(Part::copy(stored, plan)),
+            }
         }
-        let highest = types.iter().map(|t| t.1).max().unwrap_or(Type::Float);
+        let mut description = Map::new();
+        for name in made.iter().map(|p| &p.tensor.name) {
+            let (module, part) = name.rsplit_once('.').unwrap_or((name, ""));
+            let kind = types.get(module).filter(|_| part != "bias").copied().unwrap_or(Type::Float);
+            description.insert(name.clone(), kind.name().into());
+        }
+        let highest = types.values().copied().max().unwrap_or(Type::Float);
         description.insert("version".into(), "1.0.0".into());
         description.insert("model_quant_type".into(), highest.name().into());
         description.insert("group_size".into(), json!(0));
         description.insert("metadata".into(), json!({}));
         description.insert("optional".into(), json!({}));
-        let mut text = serde_json::to_vec_pretty(&Value::Object(description))
-            .map_err(|e| ExportError::fault(e.to_string()))?;
-        text.push(b'\n');
+        let text = json_file(&description.into())?;
         let mut notes = Vec::new();
-        if types
-            .iter()
-            .any(|(l, t)| *t == Type::W4A4FlatQuantDynamic && sides(l.cols).is_some_and(|s| s.1 > OLD_SIDE))
-        {
+        let flat = |l: &&Linear| types[l.name.as_str()] == Type::W4A4FlatQuantDynamic;
+        if view.linears().filter(flat).any(|l| sides(l.cols).is_some_and(|s| s.1 > OLD_SIDE)) {
             notes.push(format!("matrices of more than {OLD_SIDE} rows need CANN 8.5"));
         }
         Ok(Plan {
@@ -228,25 +229,16 @@ fn pair<'a>(l: &'a Linear, src: &dyn WeightSource) -> Result<Option<Pair<'a>>, E
 }
 
 /// Parts of one module share a type and, with transforms, the transforms.
-fn fused(view: &View, types: &[(&Linear, Type)]) -> Result<(), ExportError> {
-    for layer in 0..view.facts.layers {
-        for group in FUSED {
-            let of = |name: &str| {
-                let name = format!("model.layers.{layer}.{name}");
-                let found = types.iter().find(|(l, _)| l.name == name);
-                (found.map_or(Type::Float, |t| t.1), found.map(|t| t.0.input.clone()).unwrap_or_default())
-            };
-            let first = of(group[0]);
-            if let Some(other) = group[1..].iter().find(|n| of(n) != first) {
-                return Err(ExportError::illegal(format!(
-                    "model.layers.{layer}: {} and {other} run as one module and differ in type or transform",
-                    group[0]
-                ))
-                .hint("give q, k and v, and gate and up, the same scheme"));
-            }
+fn fused(view: &View, types: &HashMap<&str, Type>) -> Result<(), ExportError> {
+    let inputs: HashMap<&str, _> = view.linears().map(|l| (l.name.as_str(), &l.input)).collect();
+    let apart = differing(view.facts.layers, |name| (types.get(name), inputs.get(name))).next();
+    match apart {
+        None => Ok(()),
+        Some(parts) => {
+            Err(ExportError::illegal(format!("{parts} run as one module and differ in type or transform"))
+                .hint("give q, k and v, and gate and up, the same scheme"))
         }
     }
-    Ok(())
 }
 
 fn linear<'a>(
@@ -255,13 +247,7 @@ fn linear<'a>(
     src: &dyn WeightSource,
     out: &mut Vec<Part<'a>>,
 ) -> Result<(), ExportError> {
-    let middle = 1u8 << (l.bits() - 1);
-    out.push(Part::of(l, "weight", Dtype::I8, vec![l.rows, l.cols], move |src, put| {
-        l.blocks().try_for_each(|rows| {
-            let codes = l.codes(src, rows)?;
-            Ok(put(&codes.iter().map(|q| q.wrapping_sub(middle)).collect::<Vec<u8>>())?)
-        })
-    }));
+    out.push(signed_codes(l));
     out.push(Part::of(l, "weight_scale", Dtype::F32, vec![l.rows, 1], move |src, put| {
         Ok(put(&scale_bytes(&l.scales(src)?, ScaleType::F32)?)?)
     }));
@@ -287,16 +273,6 @@ fn linear<'a>(
         }));
     }
     Ok(())
-}
-
-/// Biases of layers with codes are `f32` there.
-fn widen_biases<'a>(view: &'a View, made: &mut [Part<'a>]) {
-    for e in &view.entries {
-        let Entry::Plain { stored, plan } = e else { continue };
-        let coded = view.linears().any(|l| l.bias.as_deref() == Some(plan.name.as_str()));
-        let Some(part) = made.iter_mut().find(|p| coded && p.tensor.name == plan.name) else { continue };
-        *part = Part::floats(stored, &TensorPlan { name: plan.name.clone(), ty: plan.ty.clone() }, Elem::F32);
-    }
 }
 
 #[cfg(test)]

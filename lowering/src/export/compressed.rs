@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use qrmc_ir::{Grain, QuantSpec, WeightSource, words};
 use serde_json::{Map, Value, json};
 
-use super::plan::{Plan, STEM, bytes, dtype, no_caches, parts, scale_bytes};
+use super::plan::{Plan, STEM, bytes, dtype, no_caches, parts, scale_bytes, signed, signed_codes};
 use super::{ExportError, Format, Linear, Part, View};
 use crate::artefact::Dtype;
 
@@ -29,12 +29,12 @@ impl Format for CompressedTensors {
     fn plan<'a>(&self, view: &'a View, _: &dyn WeightSource) -> Result<Plan<'a>, ExportError> {
         no_caches(view, self.name())?;
         let mut groups: BTreeMap<String, (Value, Vec<&str>)> = BTreeMap::new();
-        let mut scale = None;
+        let scale = view.first()?.spec().scale;
         let mut rounds = false;
         for l in view.linears() {
             let scheme = scheme(l)?;
             rounds |= l.input.spec.is_some();
-            if *scale.get_or_insert(l.spec().scale) != l.spec().scale {
+            if l.spec().scale != scale {
                 return Err(ExportError::illegal(format!(
                     "{}: scales of {} beside others; loaders have one type for all",
                     l.name,
@@ -44,10 +44,6 @@ impl Format for CompressedTensors {
             }
             groups.entry(scheme.to_string()).or_insert((scheme, Vec::new())).1.push(&l.name);
         }
-        let Some(scale) = scale else {
-            return Err(ExportError::illegal("no matrix of this model has codes")
-                .hint("compile with a pass that rounds weights, such as rtn"));
-        };
         let form = if rounds { "int-quantized" } else { "pack-quantized" };
         let made = parts(view, |l, out| {
             match rounds {
@@ -152,14 +148,10 @@ fn packed<'a>(l: &'a Linear, out: &mut Vec<Part<'a>>) {
 
 /// Codes as signed bytes.
 fn plain<'a>(l: &'a Linear, out: &mut Vec<Part<'a>>) {
-    let middle = 1u8 << (l.bits() - 1);
-    let signed = move |codes: Vec<u8>| codes.iter().map(|q| q.wrapping_sub(middle)).collect::<Vec<u8>>();
-    out.push(Part::of(l, "weight", Dtype::I8, vec![l.rows, l.cols], move |src, put| {
-        l.blocks().try_for_each(|rows| Ok(put(&signed(l.codes(src, rows)?))?))
-    }));
+    out.push(signed_codes(l));
     if l.spec().zero {
         out.push(Part::of(l, "weight_zero_point", Dtype::I8, vec![l.rows, l.groups()], move |src, put| {
-            Ok(put(&signed(l.zeros(src)?))?)
+            Ok(put(&signed(l, l.zeros(src)?))?)
         }));
     }
 }

@@ -4,7 +4,9 @@
 use qrmc_ir::{QuantSpec, ScaleType, WeightSource, words};
 use serde_json::{Value, json};
 
-use super::plan::{Plan, STEM, bytes, dtype, excluded, one_group, parts, scale_bytes, weights_only};
+use super::plan::{
+    Plan, STEM, bytes, dtype, excluded, json_file, one_group, parts, scale_bytes, weights_only,
+};
 use super::{ExportError, Format, HEAD, Linear, Part, View};
 use crate::artefact::Dtype;
 
@@ -103,9 +105,7 @@ impl Format for Gptq {
             Ok(())
         })?;
         let config = self.config(view, bits, group);
-        let mut text = serde_json::to_vec_pretty(&config).map_err(|e| ExportError::fault(e.to_string()))?;
-        text.push(b'\n');
-        let files = vec![("quantize_config.json".to_owned(), text)];
+        let files = vec![("quantize_config.json".to_owned(), json_file(&config)?)];
         Ok(Plan { stem: STEM, parts: made, compute: Some(scale), quantization: Some(config), files, notes })
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use qrmc_ir::{Data, Elem, Grain, QuantSpec, Rule, ScaleType, Tensor, WeightSource, grid, pack, words};
+use qrmc_ir::{Elem, Grain, QuantSpec, Rule, ScaleType, Tensor, WeightSource, grid, pack, words};
 
 use super::ExportError;
 
@@ -48,8 +48,6 @@ pub struct Linear {
     pub target: Option<QuantSpec>,
     /// What is done to its input.
     pub input: Rounding,
-    /// Stored name of its bias.
-    pub bias: Option<String>,
 }
 
 /// Codes, scales and zero points of some rows: `value = scale * (code - zero)`.
@@ -95,14 +93,19 @@ impl Linear {
         self.spec().signed && !self.spec().zero
     }
 
+    /// The scheme for which codes are chosen anew, if they are.
+    fn anew(&self) -> Option<QuantSpec> {
+        self.target.filter(|t| QuantSpec { scale: self.codes.spec.scale, ..*t } != self.codes.spec)
+    }
+
     /// Codes of some rows, as in [`Parts`].
     ///
     /// # Errors
     /// If they cannot be read.
     pub fn codes(&self, src: &dyn WeightSource, rows: Range<usize>) -> Result<Vec<u8>, ExportError> {
-        match self.target {
-            Some(target) if differs(target, self.codes.spec) => Ok(self.rounded(src, target, rows)?.codes),
-            _ => self.stored_codes(src, rows),
+        match self.anew() {
+            Some(target) => Ok(self.rounded(src, target, rows)?.codes),
+            None => self.stored_codes(src, rows),
         }
     }
 
@@ -111,14 +114,13 @@ impl Linear {
     /// # Errors
     /// If they cannot be read.
     pub fn scales(&self, src: &dyn WeightSource) -> Result<Vec<f32>, ExportError> {
-        match self.target {
-            Some(target) if differs(target, self.codes.spec) => {
-                let parts = self.blocks().map(|rows| Ok(self.rounded(src, target, rows)?.scales));
-                Ok(parts.collect::<Result<Vec<_>, ExportError>>()?.concat())
-            }
-            Some(target) => Ok(self.stored_scales(src)?.iter().map(|&s| target.scale.round(s)).collect()),
-            None => self.stored_scales(src),
+        if let Some(target) = self.anew() {
+            let parts = self.blocks().map(|rows| Ok(self.rounded(src, target, rows)?.scales));
+            return Ok(parts.collect::<Result<Vec<_>, ExportError>>()?.concat());
         }
+        let stored = self.stored_scales(src, 0..self.rows)?;
+        // Codes may be kept where the type of the scales alone is another one.
+        Ok(stored.into_iter().map(|s| self.spec().scale.round(s)).collect())
     }
 
     /// Zero points of all rows, as in [`Parts`].
@@ -126,12 +128,12 @@ impl Linear {
     /// # Errors
     /// If they cannot be read.
     pub fn zeros(&self, src: &dyn WeightSource) -> Result<Vec<u8>, ExportError> {
-        match self.target {
-            Some(target) if differs(target, self.codes.spec) => {
+        match self.anew() {
+            Some(target) => {
                 let parts = self.blocks().map(|rows| Ok(self.rounded(src, target, rows)?.zeros));
                 Ok(parts.collect::<Result<Vec<_>, ExportError>>()?.concat())
             }
-            _ => self.stored_zeros(src),
+            None => self.stored_zeros(src, 0..self.rows),
         }
     }
 
@@ -145,8 +147,8 @@ impl Linear {
         rows: Range<usize>,
         bits: u8,
     ) -> Result<Vec<u32>, ExportError> {
-        let anew = self.target.is_some_and(|t| differs(t, self.codes.spec));
-        if anew || bits != self.codes.spec.bits || !(self.cols * usize::from(bits)).is_multiple_of(32) {
+        let whole = (self.cols * usize::from(bits)).is_multiple_of(32);
+        if self.anew().is_some() || bits != self.codes.spec.bits || !whole {
             return Ok(words::pack_rows(&self.codes(src, rows)?, self.cols, bits));
         }
         // The dense storage of a row is these words.
@@ -166,30 +168,38 @@ impl Linear {
         Ok(out)
     }
 
-    fn stored_scales(&self, src: &dyn WeightSource) -> Result<Vec<f32>, ExportError> {
-        let t = src.read(&self.codes.scale)?;
+    fn stored_scales(&self, src: &dyn WeightSource, rows: Range<usize>) -> Result<Vec<f32>, ExportError> {
+        let raw = src.raw(&self.codes.scale)?;
+        let size = raw.ty.elem.bits() / 8;
+        let (bytes, n) = self.part(&raw.bytes, size, &rows);
+        let t = Tensor::from_le_bytes(raw.ty.elem, &[n], bytes).map_err(ExportError::fault)?;
         let v = t.as_f32();
         let v = v.ok_or_else(|| ExportError::fault(format!("`{}` holds no floats", self.codes.scale)))?;
-        Ok(self.spread(v))
+        Ok(self.spread(v, rows))
     }
 
-    fn stored_zeros(&self, src: &dyn WeightSource) -> Result<Vec<u8>, ExportError> {
+    fn stored_zeros(&self, src: &dyn WeightSource, rows: Range<usize>) -> Result<Vec<u8>, ExportError> {
         let spec = self.codes.spec;
         let Some(zero) = &self.codes.zero else {
             let middle = if spec.signed { 1u8 << (spec.bits - 1) } else { 0 };
-            return Ok(vec![middle; self.rows * (self.cols / group(spec, self.cols))]);
+            return Ok(vec![middle; rows.len() * (self.cols / group(spec, self.cols))]);
         };
-        let t: Tensor = src.read(zero)?;
-        let Data::U8(v) = t.data() else {
-            return Err(ExportError::fault(format!("`{zero}` holds no zero points")));
-        };
-        Ok(self.spread(v))
+        let raw = src.raw(zero)?;
+        Ok(self.spread(self.part(&raw.bytes, 1, &rows).0, rows))
     }
 
-    /// A value of each group of each row, from one of each group, row or tensor.
-    fn spread<T: Copy>(&self, v: &[T]) -> Vec<T> {
+    /// The bytes of one value of `size` bytes for each group of some rows, or the one of the tensor; and how many values.
+    fn part<'b>(&self, bytes: &'b [u8], size: usize, rows: &Range<usize>) -> (&'b [u8], usize) {
+        let spec = self.codes.spec;
+        let groups = self.cols / group(spec, self.cols);
+        let at = if spec.grain == Grain::Tensor { 0..1 } else { rows.start * groups..rows.end * groups };
+        (&bytes[at.start * size..at.end * size], at.len())
+    }
+
+    /// A value of each group of each of some rows, from these or the one of the tensor.
+    fn spread<T: Copy>(&self, v: &[T], rows: Range<usize>) -> Vec<T> {
         match self.codes.spec.grain {
-            Grain::Tensor => vec![v[0]; self.rows],
+            Grain::Tensor => vec![v[0]; rows.len()],
             _ => v.to_vec(),
         }
     }
@@ -199,11 +209,8 @@ impl Linear {
     /// # Errors
     /// If a part cannot be read.
     pub fn values(&self, src: &dyn WeightSource, rows: Range<usize>) -> Result<Vec<f32>, ExportError> {
-        let group = group(self.codes.spec, self.cols);
-        let from = rows.start * (self.cols / group);
-        let (scales, zeros) = (self.stored_scales(src)?, self.stored_zeros(src)?);
-        let codes = self.stored_codes(src, rows)?;
-        Ok(values(&codes, &scales[from..], &zeros[from..], group))
+        let (scales, zeros) = (self.stored_scales(src, rows.clone())?, self.stored_zeros(src, rows.clone())?);
+        Ok(values(&self.stored_codes(src, rows)?, &scales, &zeros, group(self.codes.spec, self.cols)))
     }
 
     /// Some rows, rounded to another scheme.
@@ -269,11 +276,6 @@ impl Linear {
     }
 }
 
-/// Whether codes of one scheme are not codes of the other.
-fn differs(a: QuantSpec, b: QuantSpec) -> bool {
-    QuantSpec { scale: b.scale, ..a } != b
-}
-
 fn group(spec: QuantSpec, cols: usize) -> usize {
     match spec.grain {
         Grain::Group(g) => g as usize,
@@ -283,7 +285,7 @@ fn group(spec: QuantSpec, cols: usize) -> usize {
 }
 
 /// `scale * (code - zero)` of whole groups.
-pub(super) fn values(codes: &[u8], scales: &[f32], zeros: &[u8], group: usize) -> Vec<f32> {
+fn values(codes: &[u8], scales: &[f32], zeros: &[u8], group: usize) -> Vec<f32> {
     let mut out = Vec::with_capacity(codes.len());
     for (run, (&scale, &zero)) in codes.chunks(group).zip(scales.iter().zip(zeros)) {
         let p = grid::QParam { scale, zero: i32::from(zero) };

@@ -124,10 +124,15 @@ impl Plan<'_> {
         if let Some(q) = &self.quantization {
             config.insert("quantization_config".into(), q.clone());
         }
-        let mut text = serde_json::to_vec_pretty(&config).map_err(|e| bad(&e))?;
-        text.push(b'\n');
-        Ok(text)
+        json_file(&config.into())
     }
+}
+
+/// The bytes of a JSON file.
+pub(super) fn json_file(value: &Value) -> Result<Vec<u8>, ExportError> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|e| ExportError::fault(e.to_string()))?;
+    text.push(b'\n');
+    Ok(text)
 }
 
 /// A way to write a quantized model as a folder of safetensors.
@@ -195,10 +200,7 @@ pub(super) fn float_head(view: &View, format: &str) -> Result<(), ExportError> {
 /// The one group of all linear layers, as the formats count: -1 where a row has one scale.
 pub(super) fn one_group(view: &View, format: &str) -> Result<i64, ExportError> {
     let of = |l: &Linear| if l.groups() == 1 { -1 } else { l.group() as i64 };
-    let Some(first) = view.linears().next() else {
-        return Err(ExportError::illegal("no matrix of this model has codes".to_owned())
-            .hint(format!("compile with a pass that rounds weights, such as rtn; {format} has no float form: --format fake has")));
-    };
+    let first = view.first()?;
     // A row of one group is a group to formats that count them.
     let group = view.linears().map(of).max().unwrap_or(-1);
     match view.linears().find(|l| of(l) != group && l.group() as i64 != group) {
@@ -234,6 +236,19 @@ pub(super) fn parts<'a>(
         }
     }
     Ok(out)
+}
+
+/// Codes, or zero points in their units, as signed bytes.
+pub(super) fn signed(l: &Linear, codes: Vec<u8>) -> Vec<u8> {
+    let middle = 1u8 << (l.bits() - 1);
+    codes.into_iter().map(|q| q.wrapping_sub(middle)).collect()
+}
+
+/// The tensor `weight` of a signed byte for each code.
+pub(super) fn signed_codes(l: &Linear) -> Part<'_> {
+    Part::of(l, "weight", Dtype::I8, vec![l.rows, l.cols], move |src, put| {
+        l.blocks().try_for_each(|rows| Ok(put(&signed(l, l.codes(src, rows)?))?))
+    })
 }
 
 /// Little-endian bytes of words.

@@ -2,6 +2,8 @@
 
 mod runtimes;
 
+use std::collections::HashMap;
+
 use qrmc_ir::Grain;
 
 use super::{HEAD, Linear, View};
@@ -42,11 +44,17 @@ struct Case<'a> {
 }
 
 impl Runtime {
+    /// That it does not load a format, if it does not.
+    pub fn unread(&self, format: &str) -> Option<Fault> {
+        let what = format!("{} {} does not load the format {format}", self.name, self.version);
+        let fault = Fault::new(what, format!("it loads {}", self.formats.join(", ")));
+        (!self.formats.contains(&format)).then_some(fault)
+    }
+
     /// Everything that this runtime would refuse of a checkpoint in a format, for each number of ranks.
     pub fn faults(&self, view: &View, format: &str, ranks: &[u32]) -> Vec<Fault> {
-        if !self.formats.contains(&format) {
-            let what = format!("{} {} does not load the format {format}", self.name, self.version);
-            return vec![Fault::new(what, format!("it loads {}", self.formats.join(", ")))];
+        if let Some(fault) = self.unread(format) {
+            return vec![fault];
         }
         let mut all: Vec<Fault> = Vec::new();
         for &ranks in if ranks.is_empty() { &[1] } else { ranks } {
@@ -58,8 +66,18 @@ impl Runtime {
 }
 
 /// Linear layers that run as one module.
-pub(super) const FUSED: [&[&str]; 2] =
+const FUSED: [&[&str]; 2] =
     [&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], &["mlp.gate_proj", "mlp.up_proj"]];
+
+/// The layers that run as one module and differ in what `of` says of them by name: of each module the first two.
+pub(super) fn differing<T: PartialEq>(layers: u64, of: impl Fn(&str) -> T) -> impl Iterator<Item = String> {
+    (0..layers).flat_map(|i| FUSED.map(|parts| (i, parts))).filter_map(move |(i, parts)| {
+        let of = |part: &str| of(&format!("model.layers.{i}.{part}"));
+        let first = of(parts[0]);
+        let other = parts[1..].iter().find(|p| of(p) != first)?;
+        Some(format!("model.layers.{i}: {} and {other}", parts[0]))
+    })
+}
 
 /// Along which axis a linear layer is cut for ranks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -126,24 +144,14 @@ impl Case<'_> {
 
     /// Parts of one module with different schemes.
     fn fused(&self) -> Vec<Fault> {
-        let mut out = Vec::new();
-        for layer in 0..self.view.facts.layers {
-            for group in FUSED {
-                let of = |part: &str| {
-                    let name = format!("model.layers.{layer}.{part}");
-                    self.view.linears().find(|l| l.name == name).map(|l| (l.spec(), l.input.spec))
-                };
-                let first = of(group[0]);
-                if let Some(other) = group[1..].iter().find(|p| of(p) != first) {
-                    let what = format!(
-                        "model.layers.{layer}: {} and {other} run as one module and have different schemes",
-                        group[0]
-                    );
-                    out.push(Fault::new(what, "give q, k and v, and gate and up, the same scheme"));
-                }
-            }
-        }
-        out
+        let schemes: HashMap<&str, _> =
+            self.view.linears().map(|l| (l.name.as_str(), (l.spec(), l.input.spec))).collect();
+        let apart = differing(self.view.facts.layers, |name| schemes.get(name));
+        let fault = |parts| {
+            let what = format!("{parts} run as one module and have different schemes");
+            Fault::new(what, "give q, k and v, and gate and up, the same scheme")
+        };
+        apart.map(fault).collect()
     }
 
     /// Groups that do not divide the inputs of a rank.

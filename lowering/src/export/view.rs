@@ -53,18 +53,18 @@ impl View {
     /// # Errors
     /// If the graph became another one, or a tensor has no place in a checkpoint.
     pub fn of(packed: &Module, source: &Module) -> Result<Self, ExportError> {
-        View::through(packed, source, &|n| matches!(n.op, Op::FakeQuant(..)))
+        View::through(packed, source, &|op| matches!(op, Op::FakeQuant(..)))
     }
 
-    /// As [`View::of`], where also other nodes may be left out: those for which `through` says yes. Each takes its first
-    /// operand's place.
+    /// As [`View::of`], where the operations are left out for which `through` says yes. The first operand of each takes
+    /// its place.
     ///
     /// # Errors
     /// As [`View::of`].
     pub fn through(
         packed: &Module,
         source: &Module,
-        through: &dyn Fn(&Node) -> bool,
+        through: &dyn Fn(&Op) -> bool,
     ) -> Result<Self, ExportError> {
         for (have, want) in packed.funcs.iter().zip(&source.funcs) {
             if skeleton(have, through) != skeleton(want, &|_| false) {
@@ -128,15 +128,25 @@ impl View {
                 zero: spec.zero.then(|| format!("{base}.zero")),
             };
             let input = inputs.products.get(&w.name).cloned().unwrap_or_default();
-            let bias = format!("{module}.bias");
-            let bias = packed.find_weight(&bias).is_some().then_some(bias);
             let target = None;
-            v.entries.push(Entry::Linear(Linear { name: module, rows, cols, codes, target, input, bias }));
+            v.entries.push(Entry::Linear(Linear { name: module, rows, cols, codes, target, input }));
         }
         let coded: HashSet<&str> = v.linears().map(|l| l.name.as_str()).collect();
         let float = products(source).filter(|name| !coded.contains(name.as_str())).collect();
         v.float = float;
         Ok(v)
+    }
+
+    /// The first matrix with codes.
+    ///
+    /// # Errors
+    /// If there is none, and what to do.
+    pub(super) fn first(&self) -> Result<&Linear, ExportError> {
+        self.linears().next().ok_or_else(|| {
+            ExportError::illegal("no matrix of this model has codes").hint(
+                "compile with a pass that rounds weights, such as rtn; floats alone are for --format fake, gguf or onnx",
+            )
+        })
     }
 
     /// The matrices with codes.
@@ -174,10 +184,10 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn read(&mut self, module: &Module, f: &Func, through: &dyn Fn(&Node) -> bool) {
+    fn read(&mut self, module: &Module, f: &Func, through: &dyn Fn(&Op) -> bool) {
         let weight = |v: ValueId| f.weight_behind(v).map(|w| module.weight(w).name.clone());
         for n in &f.nodes {
-            if through(n) {
+            if through(&n.op) {
                 self.operands.extend(n.ins[1..].iter().filter_map(|&v| weight(v)));
             }
             match n.op {
@@ -197,9 +207,9 @@ impl Inputs {
 }
 
 /// What is done to a value before it is used: rounding, and before that products with small matrices.
-fn rounding(module: &Module, f: &Func, mut v: ValueId, through: &dyn Fn(&Node) -> bool) -> Rounding {
+fn rounding(module: &Module, f: &Func, mut v: ValueId, through: &dyn Fn(&Op) -> bool) -> Rounding {
     let mut out = Rounding::default();
-    while let Some(n) = f.def_node(v).filter(|n| through(n)) {
+    while let Some(n) = f.def_node(v).filter(|n| through(&n.op)) {
         let weight = |v: &ValueId| f.weight_behind(*v).map(|w| module.weight(w).name.clone());
         let operands: Vec<String> = n.ins[1..].iter().filter_map(weight).collect();
         match n.op {
@@ -221,26 +231,24 @@ fn rounding(module: &Module, f: &Func, mut v: ValueId, through: &dyn Fn(&Node) -
 /// of `source` gathers from. `None` where both ends still share it, or never did.
 fn parted_head<'m>(packed: &'m Module, source: &'m Module) -> Option<&'m str> {
     let table = matrix(source, "head")?;
-    let tied = table.0 == matrix(source, "embed")?.0;
-    let head = matrix(packed, "head")?.0;
-    (tied && head != table.0).then_some(head)
+    let head = matrix(packed, "head")?;
+    (table == matrix(source, "embed")? && head != table).then_some(head)
 }
 
-/// Name and type of the weight that a function gathers rows from or multiplies by.
-fn matrix<'m>(module: &'m Module, func: &str) -> Option<(&'m str, &'m qrmc_ir::TensorType)> {
+/// Name of the weight that a function gathers rows from or multiplies by.
+fn matrix<'m>(module: &'m Module, func: &str) -> Option<&'m str> {
     let f = module.func(module.find_func(func)?);
     let behind = |n: &Node| match n.op {
         Op::Gather => f.weight_behind(n.ins[0]),
         Op::MatMul { .. } => f.weight_behind(n.ins[1]),
         _ => None,
     };
-    let weight = module.weight(f.nodes.iter().find_map(behind)?);
-    Some((&weight.name, &weight.ty))
+    Some(&module.weight(f.nodes.iter().find_map(behind)?).name)
 }
 
 /// The operations that stay online, in the order in which the results need them, with weight-derived operands as holes
 /// of their shape, and without those that `through` leaves out.
-fn skeleton(f: &Func, through: &dyn Fn(&Node) -> bool) -> Vec<String> {
+fn skeleton(f: &Func, through: &dyn Fn(&Op) -> bool) -> Vec<String> {
     let derived = f.weight_derived();
     let mut s = Skeleton {
         f,
@@ -262,7 +270,7 @@ fn skeleton(f: &Func, through: &dyn Fn(&Node) -> bool) -> Vec<String> {
 struct Skeleton<'a> {
     f: &'a Func,
     derived: &'a [bool],
-    through: &'a dyn Fn(&Node) -> bool,
+    through: &'a dyn Fn(&Op) -> bool,
     numbers: HashMap<ValueId, usize>,
     next: usize,
     out: Vec<String>,
@@ -275,7 +283,7 @@ impl Skeleton<'_> {
             return n;
         }
         let Some(node) = self.f.def_node(v) else { return usize::MAX };
-        if (self.through)(node) {
+        if (self.through)(&node.op) {
             let n = self.visit(node.ins[0]);
             self.numbers.insert(v, n);
             return n;

@@ -61,9 +61,8 @@ pub(super) fn run(args: &CheckArgs, runtime: &Runtime, ui: &Ui) -> Result<(), Fa
 /// What a folder with a description holds, by its files' headers alone.
 fn described(runtime: &Runtime, args: &CheckArgs) -> Result<Vec<Fault>, Failure> {
     let folder = &args.model;
-    if !runtime.formats.contains(&"ascend") {
-        let what = format!("{} {} does not load the format ascend", runtime.name, runtime.version);
-        return Ok(vec![Fault { what, hint: format!("it loads {}", runtime.formats.join(", ")) }]);
+    if let Some(fault) = runtime.unread("ascend") {
+        return Ok(vec![fault]);
     }
     let fail = |name: &str, e: &dyn std::fmt::Display| {
         Failure::new(FAILURE, format!("{}: {e}", folder.join(name).display()))
@@ -129,8 +128,7 @@ fn format(model: &Model) -> Result<&'static str, Failure> {
 }
 
 fn view(packed: &Module, source: &Module) -> Result<View, Failure> {
-    let seen = |op: &Op| matches!(op, Op::FakeQuant(..) | Op::ModeMul { .. });
-    Ok(View::through(packed, source, &|n| seen(&n.op))?)
+    Ok(View::through(packed, source, &|op| matches!(op, Op::FakeQuant(..) | Op::ModeMul { .. }))?)
 }
 
 /// Refuses a compile for a runtime that would load its result in no format. `packed` is the materialised module as it

@@ -6,7 +6,7 @@ use qrmc_ir::{Elem, Module, TensorType};
 use serde_json::{Map, Value};
 
 use super::{OLD_SIDE, SIDE, Type, sides};
-use crate::export::rules::{FUSED, Fault};
+use crate::export::rules::{Fault, differing};
 use crate::export::view::products;
 
 /// Keys of a description that name no tensor.
@@ -53,13 +53,9 @@ pub fn faults(
             Some(kind) => out.extend(layer(&module, kind, &shape, tensors, ranks)),
         }
     }
-    for (i, parts) in (0..source.facts.layers).flat_map(|i| FUSED.map(|parts| (i, parts))) {
-        let of = |part: &str| types.get(&format!("model.layers.{i}.{part}"));
-        if let Some(other) = parts[1..].iter().find(|p| of(p) != of(parts[0])) {
-            let what =
-                format!("model.layers.{i}: {} and {other} run as one module and differ in type", parts[0]);
-            out.push(Fault::new(what, "give them the same type"));
-        }
+    for parts in differing(source.facts.layers, |name| types.get(name)) {
+        let what = format!("{parts} run as one module and differ in type");
+        out.push(Fault::new(what, "give them the same type"));
     }
     out
 }
