@@ -119,23 +119,34 @@ fn quantized_folders() {
     assert!(accepted >= 12, "the seeds are accepted: {accepted}");
 }
 
-#[test]
-fn gguf_files() {
+/// Imports the inputs of a target that are one file, whole and damaged, most often in the first `head` bytes; at least
+/// `least` imports of whole ones succeed.
+fn single_files(target: &str, head: usize, least: usize) {
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("m.gguf");
+    let file = dir.path().join(format!("m.{target}"));
     let mut accepted = 0;
     let once = |bytes: &[u8]| {
         let _ = std::fs::remove_file(&file);
         std::fs::write(&file, bytes).unwrap();
         import(&file)
     };
-    for (_, input) in inputs("gguf") {
+    for (_, input) in inputs(target) {
         accepted += once(&input);
         for seed in 0..DAMAGED {
-            once(&damaged(&input, 2500, seed));
+            once(&damaged(&input, head, seed));
         }
     }
-    assert!(accepted >= 8, "the seeds are accepted: {accepted}");
+    assert!(accepted >= least, "the seeds are accepted: {accepted}");
+}
+
+#[test]
+fn gguf_files() {
+    single_files("gguf", 2500, 8);
+}
+
+#[test]
+fn onnx_files() {
+    single_files("onnx", 20_000, 8);
 }
 
 #[test]

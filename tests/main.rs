@@ -15,6 +15,7 @@ mod layout;
 mod methods;
 mod numerics;
 mod onnx;
+mod onnx_import;
 mod parity;
 mod passes;
 mod quantized;

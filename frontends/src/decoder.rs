@@ -196,25 +196,25 @@ fn tied_head_is_the_embedding(path: &Path, weights: &dyn Checkpoint) -> Result<(
     .hint("set it to false if the model was trained with a head of its own"))
 }
 
-fn stream(module: &Module) -> TensorType {
+pub(crate) fn stream(module: &Module) -> TensorType {
     TensorType::new(Elem::F32, vec![Sym::B.into(), Sym::S.into(), Dim::Fixed(module.facts.hidden)])
 }
 
-fn positions() -> TensorType {
+pub(crate) fn positions() -> TensorType {
     TensorType::new(Elem::I32, vec![Sym::S.into()])
 }
 
-fn past(module: &Module) -> TensorType {
+pub(crate) fn past(module: &Module) -> TensorType {
     let width = module.facts.kv_heads * module.facts.head_dim;
     TensorType::new(Elem::F32, vec![Sym::B.into(), Sym::P.into(), Dim::Fixed(width)])
 }
 
-fn tokens() -> TensorType {
+pub(crate) fn tokens() -> TensorType {
     TensorType::new(Elem::I32, vec![Sym::B.into(), Sym::S.into()])
 }
 
 /// The value of a weight: itself, or what its codes stand for.
-fn weight(b: &mut Builder<'_>, name: &str) -> Result<ValueId, Diag> {
+pub(crate) fn weight(b: &mut Builder<'_>, name: &str) -> Result<ValueId, Diag> {
     let module = b.module();
     if let Some(id) = module.find_weight(name) {
         return Ok(b.weight(id));
@@ -371,7 +371,7 @@ fn head(module: &Module, config: &DecoderConfig, weights: &dyn Checkpoint) -> Re
 }
 
 /// `@main(ids, pos, k_past0, v_past0, ..) -> (logits, k_all0, v_all0, ..)`
-fn main(module: &Module) -> Result<Func, Diag> {
+pub(crate) fn main(module: &Module) -> Result<Func, Diag> {
     let mut b = Builder::new(module, "main");
     let ids = b.param(Some("ids"), tokens());
     let pos = b.param(Some("pos"), positions());

@@ -1,4 +1,4 @@
-//! Checkpoints become modules: Hugging Face folders and GGUF files, in floats or quantized.
+//! Checkpoints become modules: Hugging Face folders, GGUF files and ONNX models, in floats or quantized.
 //!
 //! Weights stay where they are; files are mapped, and headers are checked before anything is believed.
 
@@ -8,13 +8,16 @@ mod decoder;
 mod error;
 pub mod gguf;
 pub mod hf;
+mod onnx;
 mod quantized;
 
-use std::path::Path;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 pub use arch::{ARCHS, ArchSpec, DecoderConfig, When, read_config};
 pub use checkpoint::{Checkpoint, Opened, SideFile};
 pub use error::ImportError;
+pub use onnx::{OnnxHeader, OnnxNode};
 use qrmc_ir::Module;
 pub use quantized::QuantizedFolder;
 use serde_json::Value;
@@ -39,16 +42,35 @@ pub struct Imported {
     pub source: Opened,
 }
 
-/// Opens a checkpoint, recognised by its content: a Hugging Face folder or a GGUF file.
+/// Opens a checkpoint, recognised by its content: a Hugging Face folder, a GGUF file or an ONNX model.
 ///
 /// # Errors
 /// If it is neither, or its headers do not hold together.
 pub fn open(path: &Path, integers: Integers) -> Result<Opened, ImportError> {
     let meta = std::fs::metadata(path).map_err(|e| {
         ImportError::io(path, "open", &e)
-            .hint("MODEL is a Hugging Face folder (with config.json) or a GGUF file")
+            .hint("MODEL is a Hugging Face folder (with config.json), a GGUF file or an ONNX model")
     })?;
+    if let Some(model) = onnx_model(path, &meta) {
+        return Ok(onnx::import(&model, integers)?.source);
+    }
     if meta.is_dir() { hf::open_folder(path, integers) } else { gguf::open_file(path, integers) }
+}
+
+/// The ONNX model that a path names: a file, or a folder that holds one and no other weights.
+pub fn onnx_path(path: &Path) -> Option<PathBuf> {
+    onnx_model(path, &std::fs::metadata(path).ok()?)
+}
+
+fn onnx_model(path: &Path, meta: &std::fs::Metadata) -> Option<PathBuf> {
+    if !meta.is_dir() {
+        let mut start = [0; 4];
+        std::fs::File::open(path).and_then(|mut f| f.read_exact(&mut start)).ok()?;
+        return (&start != b"GGUF" && onnx::is_model(path, &start)).then(|| path.to_owned());
+    }
+    let model = path.join("model.onnx");
+    let weights = ["model.safetensors", "model.safetensors.index.json"].iter().any(|n| path.join(n).exists());
+    (model.is_file() && !weights).then_some(model)
 }
 
 /// Opens a checkpoint and builds its module.
@@ -56,6 +78,9 @@ pub fn open(path: &Path, integers: Integers) -> Result<Opened, ImportError> {
 /// # Errors
 /// As [`open`]; also if the architecture is unknown or tensors and configuration contradict each other.
 pub fn import(path: &Path, integers: Integers) -> Result<Imported, ImportError> {
+    if let Some(model) = onnx_path(path) {
+        return onnx::import(&model, integers);
+    }
     let source = open(path, integers)?;
     let config = read_config(path, &source.config)?;
     let module = decoder::build(path, &config, &*source.weights)?;

@@ -1,5 +1,6 @@
 //! `qrmc check`.
 
+mod onnx;
 mod target;
 
 pub(crate) use target::{preflight, refuse, runtime};

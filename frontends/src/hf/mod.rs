@@ -4,5 +4,6 @@ mod open;
 mod safetensors;
 
 pub use open::open_folder;
+pub(crate) use open::{read_small, side_files};
 pub(crate) use safetensors::map_file;
 pub use safetensors::{SafetensorsFile, SafetensorsFolder};

@@ -63,7 +63,7 @@ impl<'de> Deserialize<'de> for Pairs {
 ///
 /// # Errors
 /// If it cannot be read or is longer than half a gibibyte.
-pub(super) fn read_small(path: &Path) -> Result<Vec<u8>, ImportError> {
+pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>, ImportError> {
     let size = fs::metadata(path).map_err(|e| ImportError::io(path, "read its size", &e))?.len();
     if size > MAX_SMALL {
         return Err(ImportError::new(
@@ -94,19 +94,22 @@ pub fn open_folder(path: &Path, integers: Integers) -> Result<Opened, ImportErro
     let configured = quantized::configured(path, &config)?;
     let weights = SafetensorsFolder::open(path)?.ok_or_else(|| no_weights(path))?;
     let weights = quantized::open(path, configured, weights, integers, read_small)?;
-    let mut files = Vec::new();
-    for name in SIDE_FILES {
-        let file = path.join(name);
-        if file.is_file() {
-            files.push(SideFile { name: name.to_owned(), bytes: read_small(&file)? });
-        }
-    }
+    let files = side_files(path)?;
     let format = match &weights.format {
         Some(codes) => format!("Hugging Face folder, {codes}"),
         None => "Hugging Face folder".to_owned(),
     };
     let quantized::Weights { weights, notes, .. } = weights;
     Ok(Opened { path: path.to_owned(), format, config, weights, files, notes })
+}
+
+/// The files of a folder that travel with the model.
+///
+/// # Errors
+/// If one cannot be read.
+pub(crate) fn side_files(folder: &Path) -> Result<Vec<SideFile>, ImportError> {
+    let there = SIDE_FILES.iter().map(|name| (name, folder.join(name))).filter(|(_, file)| file.is_file());
+    there.map(|(name, file)| Ok(SideFile { name: (*name).to_owned(), bytes: read_small(&file)? })).collect()
 }
 
 fn read_config(folder: &Path) -> Result<Value, ImportError> {

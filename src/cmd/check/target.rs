@@ -32,6 +32,12 @@ pub(super) fn find(name: &str) -> Result<&'static Runtime, Failure> {
 pub(super) fn run(args: &CheckArgs, runtime: &Runtime, ui: &Ui) -> Result<(), Failure> {
     let (format, faults) = if args.model.join(DESCRIPTION).is_file() {
         ("ascend", described(runtime, args)?)
+    } else if let Some(graph) = qrmc_frontends::onnx_path(&args.model) {
+        let faults = match runtime.unread("onnx") {
+            Some(fault) => vec![fault],
+            None => super::onnx::faults(&graph)?,
+        };
+        ("onnx", faults)
     } else {
         let engine = super::super::engine(&args.machine)?;
         let model = model::open_to_pass(&args.model, &engine)?;
