@@ -147,17 +147,23 @@ fn kind(l: &Linear, src: &dyn WeightSource) -> Result<Type, ExportError> {
             "compile for activations with sym",
         );
     }
-    match (spec.bits, x.bits, l.input.matrices.is_empty(), l.input.bounds.is_empty()) {
-        (8, 8, true, true) => {
+    if (spec.bits, x.bits, l.input.matrices.is_empty()) == (4, 4, false) {
+        return flat(l, src);
+    }
+    if let Some(what) = l.clipped() {
+        return Err(ExportError::illegal(format!("{what}; the NPU has one in FlatQuant's type alone"))
+            .hint("compile without a_clip, or with flatquant for --target vllm-ascend"));
+    }
+    match (spec.bits, x.bits, l.input.matrices.is_empty()) {
+        (8, 8, true) => {
             loaded_scales(l, src)?;
             Ok(Type::W8A8Dynamic)
         }
-        (4, 4, true, true) => Ok(Type::W4A4Dynamic),
-        (4, 4, false, _) => flat(l, src),
-        (w, a, ..) => bad(
-            format!("W{w}A{a} with these transforms and bounds; W8A8 and W4A4 load"),
-            "W8A8 and W4A4 without bounds, or FlatQuant's W4A4, have a type",
-        ),
+        (4, 4, true) => Ok(Type::W4A4Dynamic),
+        (w, a, plain) => {
+            let with = if plain { "" } else { " with a transform" };
+            bad(format!("W{w}A{a}{with}"), "W8A8 and W4A4 as they are, and FlatQuant's W4A4, have a type")
+        }
     }
 }
 
@@ -200,12 +206,19 @@ fn flat(l: &Linear, src: &dyn WeightSource) -> Result<Type, ExportError> {
             "a pair of {left} and {right}; the operator takes sides up to {SIDE}, the second a multiple of 8"
         ));
     }
-    if let [hi, lo] = &l.input.bounds[..]
-        && src.read(hi)?.as_f32() != src.read(lo)?.as_f32()
-    {
-        return bad("its input has two clips; the operator has one".into());
-    }
+    clip_ratio(l, src)?;
     Ok(Type::W4A4FlatQuantDynamic)
+}
+
+/// The one clip of the range of an input, 1 where it has none.
+fn clip_ratio(l: &Linear, src: &dyn WeightSource) -> Result<f32, ExportError> {
+    let ends = l.input.bounds.iter().map(|b| b.values(src)).collect::<Result<Vec<_>, _>>()?;
+    match &ends[..] {
+        [] => Ok(1.0),
+        [hi, lo] if hi.len() == 1 && hi == lo => Ok(hi[0]),
+        _ => Err(ExportError::illegal(format!("{}: its input has two clips; the operator has one", l.name))
+            .hint("compile with clips=one, which --target vllm-ascend gives flatquant")),
+    }
 }
 
 /// Names and sides of the matrices of a Kronecker pair.
@@ -263,13 +276,8 @@ fn linear<'a>(
                 Ok(put(&t.to_le_bytes(Elem::F32).map_err(ExportError::fault)?)?)
             }));
         }
-        let clip = l.input.bounds.first();
         out.push(Part::of(l, "clip_ratio", Dtype::F32, vec![1], move |src, put| {
-            let ratio = match clip {
-                None => 1.0,
-                Some(name) => src.read(name)?.as_f32().and_then(|v| v.first().copied()).unwrap_or(1.0),
-            };
-            Ok(put(&ratio.to_le_bytes())?)
+            Ok(put(&clip_ratio(l, src)?.to_le_bytes())?)
         }));
     }
     Ok(())

@@ -145,6 +145,10 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
         Some((format!("its input is rounded to {x}"), hint))
     }));
     out.extend(c.each(|l| {
+        let clip = l.bits() == 8 && !l.input.bounds.is_empty();
+        clip.then(|| ("its input has a clip of its range".to_owned(), "compile without a_clip"))
+    }));
+    out.extend(c.each(|l| {
         let wide = l.bits() == 8 && l.spec().scale == ScaleType::F32;
         wide.then(|| ("scales of f32, which it rounds".to_owned(), "compile with scale=bf16"))
     }));
