@@ -5,8 +5,8 @@ use qrmc_ir::{BinaryOp, Func, Module, Op, ValueId, print_func, rewrite};
 use qrmc_passes::{Unit, compare_logits, compare_sourced, seeded_tokens};
 use qrmc_runtime::engine::CpuEngine;
 
-use crate::passes::{compile, compile_raw, windows};
-use crate::support::{FIXTURES, import};
+use crate::passes::{compile, compile_raw, pipeline, windows};
+use crate::support::{FIXTURES, data, import};
 
 /// Transform pipelines, and the numbers of ranks that they are made for.
 const ROTATE: &str = "rotate";
@@ -281,4 +281,29 @@ fn a_tied_embedding_is_parted() {
     let names: Vec<String> = plan.tensors().iter().map(|t| t.name.clone()).collect();
     let parted = ["model.embed_tokens.weight.embed", "model.embed_tokens.weight.head"];
     assert!(parted.iter().all(|p| names.iter().any(|n| n == p)), "{names:?}");
+}
+
+/// methods.md §7.3: `a² - n` is no square for twice an odd number.
+#[test]
+fn a_width_without_factors_is_refused_by_name() {
+    let text = std::fs::read_to_string(data("fixtures/llama-gqa-rope3/config.json")).unwrap();
+    let module = |hidden: u64, intermediate: u64| {
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config["hidden_size"] = hidden.into();
+        config["intermediate_size"] = intermediate.into();
+        qrmc_frontends::outline(std::path::Path::new("outline"), &config).unwrap()
+    };
+    for (hidden, intermediate, pass, seen) in [
+        (66, 192, "affine", "the 66 channels of attn_in make no Kronecker pair"),
+        (64, 190, "affine", "the 190 channels of down_in make no Kronecker pair"),
+        (64, 180, "affine", ""),
+        (64, 180, "affine{tp=2}", "the 90 channels of down_in make no Kronecker pair"),
+    ] {
+        let said =
+            qrmc_passes::legal(&pipeline(pass), &module(hidden, intermediate)).map_err(|e| e.to_string());
+        match said {
+            Ok(()) => assert_eq!(seen, "", "{pass} on {hidden}, {intermediate}"),
+            Err(e) => assert!(!seen.is_empty() && e.contains(seen), "{pass}: {e}"),
+        }
+    }
 }

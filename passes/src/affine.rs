@@ -134,6 +134,11 @@ impl Pass for Affine {
         if !(0.0..=1.0).contains(&o.alpha) {
             return bad(format!("alpha is {}", o.alpha), "from 0 to 1; 0.3 is published");
         }
+        for f in module.layers().into_iter().map(|l| module.func(l)) {
+            for (name, x, _) in insert::edges(f)? {
+                insert::kronecker(f, name, x, module.facts.head_dim, u64::from(o.tp))?;
+            }
+        }
         Ok(())
     }
 

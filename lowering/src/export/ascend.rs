@@ -173,17 +173,9 @@ fn loaded_scales(l: &Linear, src: &dyn WeightSource) -> Result<(), ExportError> 
         .or_else(|e| l.scales_fit(src, ScaleType::F16, "ascend").map_err(|_| e))
 }
 
-/// The Kronecker pair of a width: `(a - b, a + b)` for the smallest `a` of which `a² - n` is a square `b²`.
+/// The sides of the Kronecker pair that the loader computes for a width.
 fn sides(n: usize) -> Option<(usize, usize)> {
-    let mut a = n.isqrt();
-    if a * a < n {
-        a += 1;
-    }
-    (a..=n).find_map(|a| {
-        let rest = a * a - n;
-        let b = rest.isqrt();
-        (b * b == rest).then_some((a - b, a + b))
-    })
+    qrmc_ir::fermat(n as u64).map(|(left, right)| (left as usize, right as usize))
 }
 
 /// FlatQuant's form: a pair of matrices of the one shape that the loader computes, and one clip.
@@ -281,26 +273,4 @@ fn linear<'a>(
         }));
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pairs_are_those_that_the_loader_computes() {
-        // ascend.md §5.3.
-        for (n, pair) in [
-            (4096, (64, 64)),
-            (3584, (56, 64)),
-            (5120, (64, 80)),
-            (11008, (86, 128)),
-            (14336, (112, 128)),
-            (4864, (64, 76)),
-            (18944, (128, 148)),
-        ] {
-            assert_eq!(sides(n), Some(pair), "{n}");
-        }
-        assert_eq!(sides(7), Some((1, 7)));
-    }
 }

@@ -1,11 +1,11 @@
 //! Puts the transforms of one layer into its graph, around every quantized edge.
 
 use qrmc_ir::{
-    BinaryOp, Builder, Diag, Func, FuncId, Grain, Module, Op, QuantSpec, Tensor, UnaryOp, ValueId, WeightId,
-    rewrite,
+    BinaryOp, Builder, Diag, Func, FuncId, Grain, Module, Op, Place, QuantSpec, Tensor, UnaryOp, ValueId,
+    WeightId, fermat, rewrite,
 };
 
-use super::init::{factors, matrices, ranked};
+use super::init::{matrices, ranked};
 use super::{AffineOptions, Form};
 use crate::edges::{Linear, Producer, caches, inputs, linears, producer, role, transform_edge, width};
 use crate::unit::Unit;
@@ -161,13 +161,27 @@ fn contragredient(b: &mut Builder<'_>, m: ValueId) -> Result<ValueId, Diag> {
 }
 
 /// The factors of an edge's transform: names of matrices, and over how many channels they step.
-fn kronecker(f: &Func, name: &str, x: ValueId, head: u64, tp: u64) -> Vec<(String, u64)> {
+///
+/// # Errors
+/// If the width makes no Kronecker pair.
+pub(super) fn kronecker(
+    f: &Func,
+    name: &str,
+    x: ValueId,
+    head: u64,
+    tp: u64,
+) -> Result<Vec<(String, u64)>, Diag> {
     if name == "o_in" {
-        return vec![("o_in.matrix".into(), head), ("values.matrix".into(), 1)];
+        return Ok(vec![("o_in.matrix".into(), head), ("values.matrix".into(), 1)]);
     }
-    let ranks = if ranked(&format!("{name}.")) { tp } else { 1 };
-    let (_, right) = factors(width(f, x) / ranks);
-    vec![(format!("{name}.left"), right), (format!("{name}.right"), 1)]
+    let n = width(f, x) / if ranked(&format!("{name}.")) { tp } else { 1 };
+    let none = || {
+        let what = format!("`affine`: the {n} channels of {name} make no Kronecker pair");
+        let place = Place { func: Some(f.name.clone()), ..Place::default() };
+        Diag::new("Q0602", what).at(place).hint("a pair has two even sides or two odd ones: use quarot")
+    };
+    let (_, right) = fermat(n).ok_or_else(none)?;
+    Ok(vec![(format!("{name}.left"), right), (format!("{name}.right"), 1)])
 }
 
 fn transforms(names: &Names<'_>, f: &Func, o: &AffineOptions) -> Result<Func, Diag> {
@@ -177,7 +191,7 @@ fn transforms(names: &Names<'_>, f: &Func, o: &AffineOptions) -> Result<Func, Di
     for at in 0..4 {
         // A rewrite renumbers values, so that each edge is found anew.
         let (name, x, kind) = edges(&f)?[at];
-        let parts = kronecker(&f, name, x, head, tp);
+        let parts = kronecker(&f, name, x, head, tp)?;
         let diag = o.diag && name != "o_in";
         let row_parallel = matches!(kind, Producer::Attention | Producer::Product);
         let old = f.clone();
