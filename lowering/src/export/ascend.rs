@@ -103,7 +103,7 @@ impl Format for Ascend {
         let text = json_file(&description.into())?;
         let mut notes = Vec::new();
         let flat = |l: &&Linear| types[l.name.as_str()] == Type::W4A4FlatQuantDynamic;
-        if view.linears().filter(flat).any(|l| sides(l.cols).is_some_and(|s| s.1 > OLD_SIDE)) {
+        if view.linears().filter(flat).any(|l| pair_of(l.cols).is_ok_and(|s| s.1 > OLD_SIDE)) {
             notes.push(format!("matrices of more than {OLD_SIDE} rows need CANN 8.5"));
         }
         Ok(Plan {
@@ -173,29 +173,37 @@ fn loaded_scales(l: &Linear, src: &dyn WeightSource) -> Result<(), ExportError> 
         .or_else(|e| l.scales_fit(src, ScaleType::F16, "ascend").map_err(|_| e))
 }
 
-/// The sides of the Kronecker pair that the loader computes for a width.
-fn sides(n: usize) -> Option<(usize, usize)> {
-    qrmc_ir::fermat(n as u64).map(|(left, right)| (left as usize, right as usize))
+/// The sides of the Kronecker pair of `n` inputs: those that the loader computes, if the operator takes them.
+///
+/// # Errors
+/// Why there is no such pair.
+pub fn pair_of(n: usize) -> Result<(usize, usize), String> {
+    match qrmc_ir::fermat(n as u64).map(|(left, right)| (left as usize, right as usize)) {
+        None => Err(format!("{n} inputs make no Kronecker pair")),
+        Some((left, right)) if right.is_multiple_of(8) && left.max(right) <= SIDE => Ok((left, right)),
+        Some((left, right)) => Err(format!(
+            "{n} inputs make a Kronecker pair of {left} and {right}; the operator takes sides up to {SIDE}, the second a \
+             multiple of 8"
+        )),
+    }
 }
 
 /// FlatQuant's form: a pair of matrices of the one shape that the loader computes, and one clip.
 fn flat(l: &Linear, src: &dyn WeightSource) -> Result<Type, ExportError> {
     let bad = |what: String| {
         Err(ExportError::illegal(format!("{}: {what}", l.name))
-            .hint("leave the layer as it is with skip, or give it W8A8; ascend.md §5.3 has the rules"))
+            .hint("compile flatquant with --target vllm-ascend, or give the layer 8 bits with wide"))
     };
-    let Some((left, right)) = sides(l.cols) else { return bad(format!("{} inputs make no pair", l.cols)) };
+    let (left, right) = match pair_of(l.cols) {
+        Ok(sides) => sides,
+        Err(why) => return bad(why),
+    };
     let pair = pair(l, src)?;
     if pair.map(|p| (p.left.1, p.right.1)) != Some((left, right)) {
         let have: Vec<String> = l.input.matrices.iter().map(|(n, _)| n.clone()).collect();
         return bad(format!(
             "its input passes {}; the loader wants a Kronecker pair of {left} and {right}",
             have.join(", ")
-        ));
-    }
-    if !right.is_multiple_of(8) || left > SIDE || right > SIDE {
-        return bad(format!(
-            "a pair of {left} and {right}; the operator takes sides up to {SIDE}, the second a multiple of 8"
         ));
     }
     clip_ratio(l, src)?;
@@ -273,4 +281,27 @@ fn linear<'a>(
         }));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // ascend.md §5.3.
+    #[test]
+    fn pairs_are_those_that_the_loader_computes_and_the_operator_takes() {
+        for (n, pair) in
+            [(4096, (64, 64)), (3584, (56, 64)), (5120, (64, 80)), (14336, (112, 128)), (17408, (128, 136))]
+        {
+            assert_eq!(pair_of(n), Ok(pair), "{n}");
+        }
+        for (n, seen) in [
+            (4864, "64 and 76"),
+            (18944, "128 and 148"),
+            (256 * 264, "256 and 264"),
+            (4098, "4098 inputs make no Kronecker pair"),
+        ] {
+            assert!(pair_of(n).unwrap_err().contains(seen), "{n}");
+        }
+    }
 }

@@ -127,6 +127,10 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
     }
     out.extend(c.fused());
     out.extend(c.head());
+    out.extend(c.view.caches.first().map(|spec| {
+        let what = format!("keys or values are cached as {spec}; its description has no such cache");
+        Fault::new(what, "compile with kv=16")
+    }));
     out.extend(c.each(|l| {
         let spec = l.spec();
         let plain = l.symmetric() && spec.grain == Grain::Row;
