@@ -159,9 +159,13 @@ fn what_a_format_cannot_hold_is_refused_with_advice() {
         ("rtn{bits=4,group=16,scale=f16}", "gguf", "groups of 16", "32"),
         ("rtn{bits=8,group=32,scale=f16}", "gguf", "blocks hold -128 to 127", "sym=true"),
         ("rotate,rtn{bits=4,group=32,scale=f16}", "awq", "not the source's graph any more", "online"),
+        // A factor on the range is a constant of the graph, and no stored tensor.
+        ("annotate{CLIPPED},rtn", "compressed-tensors", "a clip of its range, to 0.9;", "a_clip"),
+        ("annotate{CLIPPED,scale=bf16},rtn", "ascend", "a clip of its range, to 0.9;", "a_clip"),
         ("annotate{w=16}", "awq", "no matrix of this model has codes", "rtn"),
     ] {
-        compile(d, "qwen2-bias-tied", recipe, "a");
+        let recipe = recipe.replace("CLIPPED", "w=8,group=row,sym=true,a=8,a_sym=true,a_clip=0.9");
+        compile(d, "qwen2-bias-tied", &recipe, "a");
         let s = run(d, &["export", "a", "--format", format, "-o", "x"]);
         assert_eq!(s.code, 4, "{recipe} as {format}: {}", s.err);
         assert!(s.err.contains(seen) && s.err.contains(advice), "{recipe} as {format}: {}", s.err);

@@ -1,6 +1,7 @@
 //! All integration tests, in one binary.
 #![allow(clippy::unwrap_used, reason = "a failed test panics")]
 
+mod ascend;
 mod awq;
 mod batching;
 mod cli;

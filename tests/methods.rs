@@ -5,8 +5,8 @@ use qrmc_ir::{BinaryOp, Func, Module, Op, ValueId, print_func, rewrite};
 use qrmc_passes::{Unit, compare_logits, compare_sourced, seeded_tokens};
 use qrmc_runtime::engine::CpuEngine;
 
-use crate::passes::{compile, compile_raw, windows};
-use crate::support::{FIXTURES, import};
+use crate::passes::{compile, compile_raw, pipeline, windows};
+use crate::support::{FIXTURES, data, import};
 
 /// Transform pipelines, and the numbers of ranks that they are made for.
 const ROTATE: &str = "rotate";
@@ -23,6 +23,9 @@ fn every_transform_keeps_the_function_at_every_number_of_ranks() {
                 format!("affine{{epochs=1,batch=2,tp={tp}}}"),
                 format!("affine{{epochs=1,batch=2,tp={tp},form=svd}}"),
                 format!("rotate{{tp={tp}}},smooth{{alpha=0.6}}"),
+                format!("affine{{epochs=1,batch=2,kv=16,a=16,tp={tp}}}"),
+                format!("affine{{epochs=1,batch=2,kv=16,a_sym=true,edges=pairs,clips=one,tp={tp}}}"),
+                format!("affine{{epochs=1,batch=2,wide=[o_proj,layer1],clips=one,form=svd,tp={tp}}}"),
                 "rotate{residual=false,heads=false,down=false},part-bias".to_owned(),
             ] {
                 let (_, reports, _) = compile(&format!("fixtures/{name}"), &text, &windows(256, 4, 32));
@@ -91,6 +94,37 @@ fn what_stays_online_is_the_published_list() {
                 "mode_mul 32 by [16, 16] over 1",
                 "mode_mul 64 by [16, 16] over 1",
                 "mode_mul 64 by [4, 4] over 16",
+                "mode_mul 64 by [8, 8] over 1",
+                "mode_mul 64 by [8, 8] over 1",
+                "mode_mul 64 by [8, 8] over 8",
+                "mode_mul 64 by [8, 8] over 8",
+            ],
+        ),
+        (
+            // P_v is folded without a transform of the cache.
+            "affine{epochs=1,batch=2,kv=16}",
+            vec![
+                "mode_mul 160 by [10, 10] over 16",
+                "mode_mul 160 by [16, 16] over 1",
+                "mode_mul 64 by [4, 4] over 16",
+                "mode_mul 64 by [8, 8] over 1",
+                "mode_mul 64 by [8, 8] over 1",
+                "mode_mul 64 by [8, 8] over 8",
+                "mode_mul 64 by [8, 8] over 8",
+            ],
+        ),
+        (
+            "affine{epochs=1,batch=2,edges=pairs,wide=up_proj}",
+            vec![
+                "mode_mul 160 by [10, 10] over 16",
+                "mode_mul 160 by [16, 16] over 1",
+                "mode_mul 64 by [8, 8] over 1",
+                "mode_mul 64 by [8, 8] over 8",
+            ],
+        ),
+        (
+            "affine{epochs=1,batch=2,edges=norms}",
+            vec![
                 "mode_mul 64 by [8, 8] over 1",
                 "mode_mul 64 by [8, 8] over 1",
                 "mode_mul 64 by [8, 8] over 8",
@@ -197,6 +231,7 @@ fn golden_one_layer_of_each_method() {
         ("static_keys", "kvquant{bits=4}"),
         ("quarot_kv_aware", "quarot-kv{bits=3,bias=aware}"),
         ("skip", "annotate{w=4,a=4,kv=4,group=8,skip=[o_proj,layer0.up_proj]}"),
+        ("wide", "annotate{w=4,a=4,group=8,a_clip=0.9,scale=bf16,tp=2,wide=[o_proj,layer0.k_proj]}"),
     ] {
         let (unit, ..) = compile("fixtures/qwen2-bias-tied", text, &calibration);
         assert_snapshot!(format!("method_{name}"), print_func(&unit.module, layer(&unit, 0)));
@@ -209,6 +244,26 @@ fn golden_one_layer_of_each_method() {
     assert_snapshot!("rotate_tied_ends", ends);
 }
 
+/// Weights of 8 bits alone make a module one that `rtn` rounds, and a wide layer has nothing else.
+#[test]
+fn a_wide_layer_has_eight_bits_everywhere() {
+    let (unit, ..) = compile("fixtures/qwen2-bias-tied", "annotate{w=16,wide=last},rtn", &windows(256, 1, 8));
+    let quantizers = |at: usize| {
+        let f = layer(&unit, at);
+        let spec = |n: &qrmc_ir::Node| match n.op {
+            Op::FakeQuant(spec, _) => Some(spec.to_string()),
+            Op::DCast => Some(f.ty(n.ins[0]).elem.to_string()),
+            _ => None,
+        };
+        let mut all: Vec<String> = f.nodes.iter().filter_map(spec).collect();
+        all.sort();
+        all
+    };
+    assert_eq!(quantizers(0), Vec::<String>::new());
+    let want = [vec!["i8<row, f32>"; 7], vec!["i8<token, f32>"; 4]].concat();
+    assert_eq!(quantizers(1), want);
+}
+
 #[test]
 fn skipped_layers_stay_as_they_are() {
     let calibration = windows(256, 2, 32);
@@ -216,6 +271,7 @@ fn skipped_layers_stay_as_they_are() {
     for text in [
         "rtn{a=4,kv=4,group=8,skip=last}",
         "flatquant{epochs=1,batch=2,skip=last}",
+        "flatquant{epochs=1,batch=2,edges=pairs,wide=o_proj,skip=last}",
         "smooth{skip=1},annotate{group=8,skip=layer1}",
         "kvquant{skip=last}",
         "quarot-kv{skip=[1]}",
@@ -281,4 +337,34 @@ fn a_tied_embedding_is_parted() {
     let names: Vec<String> = plan.tensors().iter().map(|t| t.name.clone()).collect();
     let parted = ["model.embed_tokens.weight.embed", "model.embed_tokens.weight.head"];
     assert!(parted.iter().all(|p| names.iter().any(|n| n == p)), "{names:?}");
+}
+
+/// methods.md §7.3: `a² - n` is no square for twice an odd number.
+#[test]
+fn a_width_without_factors_is_refused_by_name() {
+    let text = std::fs::read_to_string(data("fixtures/llama-gqa-rope3/config.json")).unwrap();
+    let module = |hidden: u64, intermediate: u64| {
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config["hidden_size"] = hidden.into();
+        config["intermediate_size"] = intermediate.into();
+        qrmc_frontends::outline(std::path::Path::new("outline"), &config).unwrap()
+    };
+    for (hidden, intermediate, pass, seen) in [
+        (66, 192, "affine", "the 66 channels of attn_in make no Kronecker pair"),
+        (64, 190, "affine", "the 190 channels of down_in make no Kronecker pair"),
+        (64, 180, "affine", ""),
+        (64, 180, "affine{tp=2}", "the 90 channels of down_in make no Kronecker pair"),
+        (66, 192, "affine{wide=[q_proj,gate_proj]}", ""),
+        (64, 190, "affine{wide=down_proj}", ""),
+        (64, 190, "affine{edges=norms}", ""),
+        (64, 192, "affine{edges=norms,wide=[v_proj,up_proj]}", "no edge is left to transform"),
+        (64, 192, "affine{wide=r_proj}", "`wide`: `r_proj` matches no layer"),
+    ] {
+        let said =
+            qrmc_passes::legal(&pipeline(pass), &module(hidden, intermediate)).map_err(|e| e.to_string());
+        match said {
+            Ok(()) => assert_eq!(seen, "", "{pass} on {hidden}, {intermediate}"),
+            Err(e) => assert!(!seen.is_empty() && e.contains(seen), "{pass}: {e}"),
+        }
+    }
 }

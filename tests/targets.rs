@@ -87,6 +87,20 @@ fn a_compile_for_a_runtime_is_refused_before_it_calibrates() {
         ("gptq{bits=4,group=32}", "vllm", "1", "scales of f32", "scale=f16"),
         ("gptq{bits=4,group=32,scale=bf16}", "vllm-ascend", "1", "codes of u4", "group=row,sym=true"),
         ("gptq{bits=4,group=row,sym=true}", "vllm-ascend", "1", "weights of 4 bits alone", "W8A16"),
+        (
+            "annotate{w=8,group=row,sym=true,scale=bf16,kv=4},gptq",
+            "vllm-ascend",
+            "1",
+            "are cached as",
+            "kv=16",
+        ),
+        (
+            "annotate{w=8,group=row,sym=true,scale=bf16,a=8,a_sym=true,a_clip=0.9},gptq",
+            "vllm-ascend",
+            "1",
+            "has a clip of its range",
+            "a_clip",
+        ),
     ] {
         let s = run(d, &args(recipe, target, tp));
         assert_eq!(s.code, 4, "{recipe}: {}", s.err);

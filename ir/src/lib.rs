@@ -6,6 +6,7 @@ mod build;
 mod diag;
 mod engine;
 mod expand;
+mod factors;
 pub mod grid;
 pub mod hadamard;
 mod hash;
@@ -33,6 +34,7 @@ pub use build::{Builder, prune};
 pub use diag::{Diag, Place};
 pub use engine::{Engine, EngineError, Prepared};
 pub use expand::{expand, expand_func};
+pub use factors::fermat;
 pub use hash::{Hash, structural_hash};
 pub use infer::{infer, list_divisors};
 pub use module::{

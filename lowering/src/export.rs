@@ -20,7 +20,7 @@ use std::path::Path;
 use qrmc_ir::WeightError;
 
 pub use fake::Fake;
-pub use linear::{Codes, Linear, Parts, Rounding};
+pub use linear::{Bound, Codes, Linear, Parts, Rounding};
 pub use plan::{Format, Part, Plan, Put};
 pub use view::{Entry, HEAD, View};
 

@@ -6,6 +6,7 @@
 
 mod init;
 mod insert;
+mod scope;
 mod train;
 
 use qrmc_ir::{Diag, FuncId, Module, Tensor};
@@ -14,8 +15,13 @@ use crate::calibrate::{LayerResult, LayerRun, Stream, walk_layers};
 use crate::options::{CacheWidth, OptionType, OptionValue, Width, options, word_option};
 use crate::parallel::check_tp;
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::pipeline::Call;
 use crate::skip::Skip;
 use crate::unit::Unit;
+
+pub use scope::KroneckerPair;
+use scope::Scope;
+pub(crate) use scope::{Clips, Edges};
 
 /// How a matrix is made of parameters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -70,8 +76,16 @@ options! {
         w: Width = Width(4),
         /// bits of the input of a linear layer during training
         a: Width = Width(4),
+        /// signed codes without a zero point for activations during training
+        a_sym: bool = false,
         /// bits of cached keys and values during training
         kv: CacheWidth = CacheWidth(4),
+        /// linear layers with 8 bits, as in `annotate`: what they read gets no transform and no learned clip
+        wide: Skip = Skip::default(),
+        /// what gets a transform: every edge, the inputs behind norms and the feed-forward product, or those behind norms
+        edges: Edges = Edges::All,
+        /// learned clips of an activation: one for each end of its range, or one for both
+        clips: Clips = Clips::Two,
         /// passes over the calibration text
         epochs: u32 = 15,
         /// windows in a step
@@ -134,7 +148,8 @@ impl Pass for Affine {
         if !(0.0..=1.0).contains(&o.alpha) {
             return bad(format!("alpha is {}", o.alpha), "from 0 to 1; 0.3 is published");
         }
-        Ok(())
+        o.wide.matching(module, "wide")?;
+        scope::pairs(module, o).map(drop)
     }
 
     fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
@@ -142,7 +157,7 @@ impl Pass for Affine {
         let skip = o.skip.on(&unit.module)?;
         let name = self.call().to_string();
         let mut work = |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| {
-            if skip.layer(run.index) {
+            if skip.layer(run.index) || Scope::of(&unit.module, run.func, o)?.is_empty() {
                 let next = crate::calibrate::observe(unit, cx, run, &[])?.1;
                 return Ok((LayerResult::new(), next));
             }
@@ -159,6 +174,18 @@ impl Pass for Affine {
         };
         walk_layers(unit, cx, (&name, Stream::Before), &mut work, &mut |u, f, r, _| apply(u, f, r))
     }
+}
+
+/// The Kronecker pairs that a call of `affine` trains on a module; none for another pass.
+///
+/// # Errors
+/// If the call has other options, or the pass does not fit the module.
+pub fn kronecker_pairs(call: &Call, module: &Module) -> Result<Vec<KroneckerPair>, Diag> {
+    if call.name != "affine" {
+        return Ok(Vec::new());
+    }
+    let o = AffineOptions::read(&call.options);
+    scope::pairs(module, &o.map_err(|e| Diag::new("Q0602", format!("`affine`: {e}")))?)
 }
 
 /// A tensor of a layer's result.

@@ -42,10 +42,16 @@ options! {
         keys: bool = true,
         /// ranks of tensor parallelism: each has its own scales in row-parallel linear layers
         tp: u32 = 1,
+        /// layers and linear layers with weights of 8 bits, one symmetric scale a row, and inputs of 8 bits, symmetric and
+        /// unclipped for each token, whatever the others have
+        wide: Skip = Skip::default(),
         /// layers and linear layers that stay as they are
         skip: Skip = Skip::default(),
     }
 }
+
+/// Bits of the weights and inputs of wide linear layers.
+const WIDE: u8 = 8;
 
 /// The pass.
 pub(crate) struct Annotate(pub(crate) AnnotateOptions);
@@ -90,8 +96,9 @@ fn gcd(a: u64, b: u64) -> u64 {
 
 impl Pass for Annotate {
     fn info(&self) -> PassInfo {
-        let weights = self.0.w.quantized().or(self.0.head.quantized());
-        let last = if weights.is_some() { Stage::Annotated } else { Stage::Rounded };
+        let o = &self.0;
+        let weights = o.w.quantized().or(o.head.quantized()).is_some() || o.wide != Skip::default();
+        let last = if weights { Stage::Annotated } else { Stage::Rounded };
         PassInfo {
             name: "annotate",
             summary: "say which weights, activations and caches have a quantized type",
@@ -116,6 +123,7 @@ impl Pass for Annotate {
             }
         }
         o.skip.on(module)?;
+        o.wide.matching(module, "wide")?;
         let headless = module.find_func("head").is_none_or(|f| linears(module.func(f)).is_empty());
         if let Some(bits) = o.head.quantized().filter(|_| headless) {
             let m = format!(
@@ -192,12 +200,14 @@ pub(crate) fn annotate(
     };
     // Each rank finds the scale of its own part of a token.
     let parts = |x: ValueId| if row_parallel(f, x) { u64::from(o.tp.max(1)) } else { 1 };
-    let act = o.a.quantized().map(|bits| {
-        move |x: ValueId| match parts(x) {
-            1 => dynamic(bits, o.a_sym, Grain::Token),
-            n => dynamic(bits, o.a_sym, Grain::Group((width(f, x) / n) as u32)),
-        }
-    });
+    let act = |x: ValueId, wide: bool| {
+        let (bits, sym) = if wide { (Some(WIDE), true) } else { (o.a.quantized(), o.a_sym) };
+        bits.map(|bits| match parts(x) {
+            1 => dynamic(bits, sym, Grain::Token),
+            n => dynamic(bits, sym, Grain::Group((width(f, x) / n) as u32)),
+        })
+    };
+    let all_wide = o.wide.resolve(module);
     let head = module.facts.head_dim;
     let cached = o.kv.quantized().filter(|_| !skip.layer(index)).map(|bits| {
         move |v: ValueId| match width(f, v) > head && head > 0 {
@@ -209,7 +219,7 @@ pub(crate) fn annotate(
     let targets: Vec<ValueId> =
         caches.iter().filter(|c| (o.keys || !c.keys) && cached.is_some()).map(|c| c.target).collect();
     let mut marked: Vec<(ValueId, Marked)> = Vec::new();
-    let mut done: Vec<(ValueId, ValueId)> = Vec::new();
+    let mut done: Vec<((ValueId, bool), ValueId)> = Vec::new();
     rewrite(module, f, |b, node, ins| {
         // The value that stands for a result of this node, and what is quantized of it.
         let mut outs = None;
@@ -223,26 +233,31 @@ pub(crate) fn annotate(
             if skip.linear(index, &role) {
                 return Ok(outs);
             }
+            let wide = all_wide.linear(index, &role);
             let mut x = ins[0];
-            if let Some(act) = &act {
-                x = match done.iter().find(|(old, _)| *old == l.x) {
+            if let Some(spec) = act(l.x, wide) {
+                x = match done.iter().find(|(old, _)| *old == (l.x, wide)) {
                     Some((_, new)) => *new,
                     None => {
                         let plain = Marked { value: ins[0], factors: None };
                         let m = marked.iter().find(|(v, _)| *v == l.x).map_or(plain, |(_, m)| *m);
-                        let new = m.quantize(b, act(l.x), o.a_clip)?;
-                        done.push((l.x, new));
+                        let new = m.quantize(b, spec, if wide { 1.0 } else { o.a_clip })?;
+                        done.push(((l.x, wide), new));
                         new
                     }
                 };
             }
             let mut w = ins[1];
-            if let Some(bits) = o.w.quantized() {
-                let group = match (o.group, parts(l.x)) {
+            let bits = if wide { Some(WIDE) } else { o.w.quantized() };
+            if let Some(bits) = bits {
+                let group = match (if wide { Group::Row } else { o.group }, parts(l.x)) {
                     (Group::Row, n @ 2..) => Group::Size((in_features(f, l) as u64 / n) as u32),
                     (group, _) => group,
                 };
-                w = b.op1(Op::FakeQuant(weight_spec(Bits(bits), group, o.sym, o.scale), o.rule), &[w])?;
+                w = b.op1(
+                    Op::FakeQuant(weight_spec(Bits(bits), group, wide || o.sym, o.scale), o.rule),
+                    &[w],
+                )?;
             }
             return Ok(Some(vec![b.linear(x, w)?]));
         }

@@ -28,6 +28,7 @@ mod smooth;
 mod static_keys;
 mod unit;
 
+pub use affine::{KroneckerPair, kronecker_pairs};
 pub use calibrate::{Calibration, LayerRun, NoStore, StepStore};
 pub use check::{Gap, Sourced, compare_logits, compare_sourced, forward, logit_gap, seeded_tokens};
 pub use manager::{Manager, PassReport, PipelineError, legal};

@@ -58,16 +58,29 @@ impl Skip {
         Skipped { layers, patterns: self.compile().unwrap_or_default() }
     }
 
-    /// The patterns on a module.
+    /// The patterns on a module, where what they match is skipped.
     ///
     /// # Errors
-    /// If a pattern matches nothing, or everything is skipped.
+    /// As [`Skip::matching`], or if everything is skipped.
     pub(crate) fn on(&self, module: &Module) -> Result<Skipped, Diag> {
+        let (s, layers) = (self.matching(module, "skip")?, module.layers());
+        if !layers.is_empty() && (0..layers.len()).all(|i| s.layer(i)) {
+            let m = "`skip` leaves no layer";
+            return Err(Diag::new("Q0607", m).hint("leave the pass out instead"));
+        }
+        Ok(s)
+    }
+
+    /// The patterns of an option on a module.
+    ///
+    /// # Errors
+    /// If a pattern matches nothing.
+    pub(crate) fn matching(&self, module: &Module, option: &str) -> Result<Skipped, Diag> {
         let (s, layers) = (self.resolve(module), module.layers());
         let bad = |m: String, hint: String| Err(Diag::new("Q0607", m).hint(hint));
         let last = layers.len().saturating_sub(1);
         if let Some(n) = self.0.iter().filter_map(|w| w.parse::<usize>().ok()).find(|n| *n >= layers.len()) {
-            return bad(format!("`skip`: there is no layer {n}"), format!("layers are 0 to {last}"));
+            return bad(format!("`{option}`: there is no layer {n}"), format!("layers are 0 to {last}"));
         }
         let roles: Vec<String> = layers.first().map_or(vec![], |&l| {
             let f = module.func(l);
@@ -80,13 +93,10 @@ impl Skip {
             };
             if !roles.iter().any(|r| p.is_match(r)) && !(0..layers.len()).any(in_layer) {
                 let text = p.as_str().trim_start_matches("^(?:").trim_end_matches(")$").to_owned();
-                let m = format!("`skip`: `{text}` matches no layer and no linear layer");
+                let m = format!("`{option}`: `{text}` matches no layer and no linear layer");
                 let hint = format!("layers are layer0 to layer{last}; linear layers: {}", roles.join(", "));
                 return bad(m, hint);
             }
-        }
-        if !layers.is_empty() && (0..layers.len()).all(|i| s.layer(i)) {
-            return bad("`skip` leaves no layer".into(), "leave the pass out instead".into());
         }
         Ok(s)
     }

@@ -1,5 +1,7 @@
 //! Settings of a compile with every default decided, as they go into `recipe.yaml` and come out of it.
 
+mod ascend;
+
 use std::path::PathBuf;
 
 use clap::ValueEnum;
@@ -9,7 +11,7 @@ use qrmc_lowering::export::rules::RUNTIMES;
 use qrmc_passes::{Pipeline, expand_presets, find, legal, parse_pipeline};
 use serde::{Deserialize, Serialize};
 
-use super::check::runtime;
+use super::check::{refuse, runtime};
 use crate::calib::{self, CalibSettings};
 use crate::cli::{CompileArgs, SamplingKind};
 use crate::fail::{FAILURE, Failure};
@@ -77,7 +79,10 @@ fn ranks(tp: &[u32]) -> Result<u32, Failure> {
 
 /// Joins several `--pass` into one pipeline with presets expanded, for these numbers of ranks.
 pub(crate) fn pipeline(texts: &[String], tp: &[u32]) -> Result<Pipeline, Failure> {
-    let tp = ranks(tp)?;
+    expanded(&joined(texts)?, ranks(tp)?)
+}
+
+fn joined(texts: &[String]) -> Result<Pipeline, Failure> {
     let mut all = Pipeline::default();
     for text in texts {
         let p = parse_pipeline(text).map_err(|e| {
@@ -86,14 +91,17 @@ pub(crate) fn pipeline(texts: &[String], tp: &[u32]) -> Result<Pipeline, Failure
         })?;
         all.0.extend(p.0);
     }
-    let expanded = expand_presets(&all, tp).map_err(|e| {
+    Ok(all)
+}
+
+fn expanded(pipeline: &Pipeline, tp: u32) -> Result<Pipeline, Failure> {
+    expand_presets(pipeline, tp).map_err(|e| {
         let f = Failure::usage(e.to_string());
         match e.hint {
             Some(h) => f.hint(h),
             None => f,
         }
-    })?;
-    Ok(expanded)
+    })
 }
 
 fn read(path: &std::path::Path) -> Result<Recipe, Failure> {
@@ -128,8 +136,6 @@ impl Settings {
             return Err(Failure::usage("nothing to do: give --pass or --recipe")
                 .hint("for example --pass awq; `qrmc passes` lists all"));
         }
-        let pipeline = pipeline(&texts, &args.tp)?;
-        legal(&pipeline, &model.module)?;
         let target =
             args.target.clone().or(recipe.as_ref().map(|r| r.target.clone())).unwrap_or_else(|| "cpu".into());
         if !qrmc_lowering::TARGETS.iter().any(|t| t.name() == target) && runtime(&target).is_none() {
@@ -138,6 +144,16 @@ impl Settings {
             return Err(
                 Failure::usage(format!("there is no target `{target}`")).hint(format!("targets: {known}"))
             );
+        }
+        let (mut given, tp) = (joined(&texts)?, ranks(&args.tp)?);
+        let flat = runtime(&target).filter(|r| r.name == ascend::NAME);
+        if flat.is_some() {
+            ascend::fill(&mut given, &model.module, tp);
+        }
+        let pipeline = expanded(&given, tp)?;
+        legal(&pipeline, &model.module)?;
+        if let Some(runtime) = flat {
+            refuse(runtime, ascend::faults(&pipeline, &model.module, tp)?)?;
         }
         let seed = args.seed.or(recipe.as_ref().map(|r| r.seed)).unwrap_or(0);
         let check = !args.no_check && recipe.as_ref().is_none_or(|r| r.check);

@@ -103,7 +103,7 @@ impl Format for Ascend {
         let text = json_file(&description.into())?;
         let mut notes = Vec::new();
         let flat = |l: &&Linear| types[l.name.as_str()] == Type::W4A4FlatQuantDynamic;
-        if view.linears().filter(flat).any(|l| sides(l.cols).is_some_and(|s| s.1 > OLD_SIDE)) {
+        if view.linears().filter(flat).any(|l| pair_of(l.cols).is_ok_and(|s| s.1 > OLD_SIDE)) {
             notes.push(format!("matrices of more than {OLD_SIDE} rows need CANN 8.5"));
         }
         Ok(Plan {
@@ -147,17 +147,23 @@ fn kind(l: &Linear, src: &dyn WeightSource) -> Result<Type, ExportError> {
             "compile for activations with sym",
         );
     }
-    match (spec.bits, x.bits, l.input.matrices.is_empty(), l.input.bounds.is_empty()) {
-        (8, 8, true, true) => {
+    if (spec.bits, x.bits, l.input.matrices.is_empty()) == (4, 4, false) {
+        return flat(l, src);
+    }
+    if let Some(what) = l.clipped() {
+        return Err(ExportError::illegal(format!("{what}; the NPU has one in FlatQuant's type alone"))
+            .hint("compile without a_clip, or with flatquant for --target vllm-ascend"));
+    }
+    match (spec.bits, x.bits, l.input.matrices.is_empty()) {
+        (8, 8, true) => {
             loaded_scales(l, src)?;
             Ok(Type::W8A8Dynamic)
         }
-        (4, 4, true, true) => Ok(Type::W4A4Dynamic),
-        (4, 4, false, _) => flat(l, src),
-        (w, a, ..) => bad(
-            format!("W{w}A{a} with these transforms and bounds; W8A8 and W4A4 load"),
-            "W8A8 and W4A4 without bounds, or FlatQuant's W4A4, have a type",
-        ),
+        (4, 4, true) => Ok(Type::W4A4Dynamic),
+        (w, a, plain) => {
+            let with = if plain { "" } else { " with a transform" };
+            bad(format!("W{w}A{a}{with}"), "W8A8 and W4A4 as they are, and FlatQuant's W4A4, have a type")
+        }
     }
 }
 
@@ -167,26 +173,31 @@ fn loaded_scales(l: &Linear, src: &dyn WeightSource) -> Result<(), ExportError> 
         .or_else(|e| l.scales_fit(src, ScaleType::F16, "ascend").map_err(|_| e))
 }
 
-/// The Kronecker pair of a width: `(a - b, a + b)` for the smallest `a` of which `a² - n` is a square `b²`.
-fn sides(n: usize) -> Option<(usize, usize)> {
-    let mut a = n.isqrt();
-    if a * a < n {
-        a += 1;
+/// The sides of the Kronecker pair of `n` inputs: those that the loader computes, if the operator takes them.
+///
+/// # Errors
+/// Why there is no such pair.
+pub fn pair_of(n: usize) -> Result<(usize, usize), String> {
+    match qrmc_ir::fermat(n as u64).map(|(left, right)| (left as usize, right as usize)) {
+        None => Err(format!("{n} inputs make no Kronecker pair")),
+        Some((left, right)) if right.is_multiple_of(8) && left.max(right) <= SIDE => Ok((left, right)),
+        Some((left, right)) => Err(format!(
+            "{n} inputs make a Kronecker pair of {left} and {right}; the operator takes sides up to {SIDE}, the second a \
+             multiple of 8"
+        )),
     }
-    (a..=n).find_map(|a| {
-        let rest = a * a - n;
-        let b = rest.isqrt();
-        (b * b == rest).then_some((a - b, a + b))
-    })
 }
 
 /// FlatQuant's form: a pair of matrices of the one shape that the loader computes, and one clip.
 fn flat(l: &Linear, src: &dyn WeightSource) -> Result<Type, ExportError> {
     let bad = |what: String| {
         Err(ExportError::illegal(format!("{}: {what}", l.name))
-            .hint("leave the layer as it is with skip, or give it W8A8; ascend.md §5.3 has the rules"))
+            .hint("compile flatquant with --target vllm-ascend, or give the layer 8 bits with wide"))
     };
-    let Some((left, right)) = sides(l.cols) else { return bad(format!("{} inputs make no pair", l.cols)) };
+    let (left, right) = match pair_of(l.cols) {
+        Ok(sides) => sides,
+        Err(why) => return bad(why),
+    };
     let pair = pair(l, src)?;
     if pair.map(|p| (p.left.1, p.right.1)) != Some((left, right)) {
         let have: Vec<String> = l.input.matrices.iter().map(|(n, _)| n.clone()).collect();
@@ -195,17 +206,19 @@ fn flat(l: &Linear, src: &dyn WeightSource) -> Result<Type, ExportError> {
             have.join(", ")
         ));
     }
-    if !right.is_multiple_of(8) || left > SIDE || right > SIDE {
-        return bad(format!(
-            "a pair of {left} and {right}; the operator takes sides up to {SIDE}, the second a multiple of 8"
-        ));
-    }
-    if let [hi, lo] = &l.input.bounds[..]
-        && src.read(hi)?.as_f32() != src.read(lo)?.as_f32()
-    {
-        return bad("its input has two clips; the operator has one".into());
-    }
+    clip_ratio(l, src)?;
     Ok(Type::W4A4FlatQuantDynamic)
+}
+
+/// The one clip of the range of an input, 1 where it has none.
+fn clip_ratio(l: &Linear, src: &dyn WeightSource) -> Result<f32, ExportError> {
+    let ends = l.input.bounds.iter().map(|b| b.values(src)).collect::<Result<Vec<_>, _>>()?;
+    match &ends[..] {
+        [] => Ok(1.0),
+        [hi, lo] if hi.len() == 1 && hi == lo => Ok(hi[0]),
+        _ => Err(ExportError::illegal(format!("{}: its input has two clips; the operator has one", l.name))
+            .hint("compile with clips=one, which --target vllm-ascend gives flatquant")),
+    }
 }
 
 /// Names and sides of the matrices of a Kronecker pair.
@@ -263,13 +276,8 @@ fn linear<'a>(
                 Ok(put(&t.to_le_bytes(Elem::F32).map_err(ExportError::fault)?)?)
             }));
         }
-        let clip = l.input.bounds.first();
         out.push(Part::of(l, "clip_ratio", Dtype::F32, vec![1], move |src, put| {
-            let ratio = match clip {
-                None => 1.0,
-                Some(name) => src.read(name)?.as_f32().and_then(|v| v.first().copied()).unwrap_or(1.0),
-            };
-            Ok(put(&ratio.to_le_bytes())?)
+            Ok(put(&clip_ratio(l, src)?.to_le_bytes())?)
         }));
     }
     Ok(())
@@ -279,20 +287,21 @@ fn linear<'a>(
 mod tests {
     use super::*;
 
+    // ascend.md §5.3.
     #[test]
-    fn pairs_are_those_that_the_loader_computes() {
-        // ascend.md §5.3.
-        for (n, pair) in [
-            (4096, (64, 64)),
-            (3584, (56, 64)),
-            (5120, (64, 80)),
-            (11008, (86, 128)),
-            (14336, (112, 128)),
-            (4864, (64, 76)),
-            (18944, (128, 148)),
-        ] {
-            assert_eq!(sides(n), Some(pair), "{n}");
+    fn pairs_are_those_that_the_loader_computes_and_the_operator_takes() {
+        for (n, pair) in
+            [(4096, (64, 64)), (3584, (56, 64)), (5120, (64, 80)), (14336, (112, 128)), (17408, (128, 136))]
+        {
+            assert_eq!(pair_of(n), Ok(pair), "{n}");
         }
-        assert_eq!(sides(7), Some((1, 7)));
+        for (n, seen) in [
+            (4864, "64 and 76"),
+            (18944, "128 and 148"),
+            (256 * 264, "256 and 264"),
+            (4098, "4098 inputs make no Kronecker pair"),
+        ] {
+            assert!(pair_of(n).unwrap_err().contains(seen), "{n}");
+        }
     }
 }

@@ -95,24 +95,26 @@ fn scheme(l: &Linear) -> Result<Value, ExportError> {
         Grain::Group(g) => ("group", json!(g)),
         _ => ("channel", Value::Null),
     };
+    if let Some(what) = l.clipped() {
+        return Err(ExportError::illegal(format!(
+            "{what}; compressed-tensors rounds each token by its whole range"
+        ))
+        .hint("compile without a_clip and without learned bounds, or run the artefact with qrmc"));
+    }
     let input = match l.input.spec {
         None => Value::Null,
-        Some(x) if x.grain == Grain::Token && l.input.bounds.is_empty() && l.input.matrices.is_empty() => {
+        Some(x) if x.grain == Grain::Token && l.input.matrices.is_empty() => {
             json!({
                 "num_bits": x.bits, "type": "int", "symmetric": !x.zero, "strategy": "token", "dynamic": true,
                 "group_size": null, "actorder": null, "observer": null, "block_structure": null,
             })
         }
         Some(x) => {
-            let seen = match l.input.bounds.is_empty() {
-                true => format!("rounded to {x}"),
-                false => format!("rounded to {x} within learned bounds"),
-            };
             return Err(ExportError::illegal(format!(
-                "{}: its input is {seen}; compressed-tensors rounds each token by its own range",
+                "{}: its input is rounded to {x}; compressed-tensors rounds each token by its own range",
                 l.name
             ))
-            .hint("compile with --tp 1 and without learned bounds, or run the artefact with qrmc"));
+            .hint("compile with --tp 1, or run the artefact with qrmc"));
         }
     };
     Ok(json!({

@@ -22,13 +22,39 @@ pub struct Codes {
     pub zero: Option<String>,
 }
 
+/// A factor of one end of the range of rounding.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Bound {
+    /// Stored under this name: a method has learned it.
+    Stored(String),
+    /// Numbers of the graph; none where they are computed while it runs.
+    Given(Vec<f64>),
+}
+
+impl Bound {
+    /// The factors.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn values(&self, src: &dyn WeightSource) -> Result<Vec<f32>, ExportError> {
+        match self {
+            Bound::Given(numbers) => Ok(numbers.iter().map(|&x| x as f32).collect()),
+            Bound::Stored(name) => {
+                let t = src.read(name)?;
+                let v = t.as_f32().map(<[f32]>::to_vec);
+                v.ok_or_else(|| ExportError::fault(format!("`{name}` holds no floats")))
+            }
+        }
+    }
+}
+
 /// What is done to a value before it is used.
 #[derive(Clone, Default, PartialEq, Debug)]
 pub struct Rounding {
     /// How it is rounded, if it is.
     pub spec: Option<QuantSpec>,
-    /// Stored names of the factors of the range of rounding, upper before lower, where a method has learned some.
-    pub bounds: Vec<String>,
+    /// Factors of the range of rounding, upper before lower, where it has some.
+    pub bounds: Vec<Bound>,
     /// Small matrices that it is multiplied by before, last first: stored name, and elements inside the multiplied axis.
     pub matrices: Vec<(String, u64)>,
 }
@@ -86,6 +112,16 @@ impl Linear {
     /// Scales of a row.
     pub fn groups(&self) -> usize {
         self.cols / self.group()
+    }
+
+    /// That the range of its input is clipped, if it is: for formats that have no place for it.
+    pub(super) fn clipped(&self) -> Option<String> {
+        let factor = |b: &Bound| match b {
+            Bound::Given(v) if v.len() == 1 => format!("to {}", v[0]),
+            _ => "by learned factors".to_owned(),
+        };
+        let first = self.input.bounds.first()?;
+        Some(format!("{}: its input has a clip of its range, {}", self.name, factor(first)))
     }
 
     /// Whether every zero point is the middle of the codes: what other formats call symmetric.

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use qrmc_ir::{Elem, Func, ModelFacts, Module, Node, Op, QuantSpec, Real, RopeAttr, ValueId};
 
 use super::ExportError;
-use super::linear::{Codes, Linear, Rounding};
+use super::linear::{Bound, Codes, Linear, Rounding};
 use crate::artefact::TensorPlan;
 
 /// Name of the head's matrix in an ordinary checkpoint.
@@ -211,14 +211,18 @@ fn rounding(module: &Module, f: &Func, mut v: ValueId, through: &dyn Fn(&Op) -> 
     let mut out = Rounding::default();
     while let Some(n) = f.def_node(v).filter(|n| through(&n.op)) {
         let weight = |v: &ValueId| f.weight_behind(*v).map(|w| module.weight(w).name.clone());
-        let operands: Vec<String> = n.ins[1..].iter().filter_map(weight).collect();
+        let bound = |v: &ValueId| match (weight(v), f.def_node(*v).map(|n| &n.op)) {
+            (Some(name), _) => Bound::Stored(name),
+            (None, Some(Op::Const { data, .. })) => Bound::Given(data.iter().map(|x| x.0).collect()),
+            (None, _) => Bound::Given(Vec::new()),
+        };
         match n.op {
             Op::FakeQuant(spec, _) => {
                 out.spec = Some(spec);
-                out.bounds = operands;
+                out.bounds = n.ins[1..].iter().map(bound).collect();
             }
             Op::ModeMul { inner } => {
-                out.matrices.extend(operands.into_iter().map(|name| (name, inner)));
+                out.matrices.extend(n.ins[1..].iter().filter_map(weight).map(|name| (name, inner)));
             }
             _ => {}
         }

@@ -2,44 +2,27 @@
 //! the ranges of activations and weights, open clips.
 
 use qrmc_ir::random::LegacyNumpy;
-use qrmc_ir::{ModelFacts, Tensor};
+use qrmc_ir::{ModelFacts, Tensor, fermat};
 
 /// Clip parameters start here: `sigmoid(4) = 0.982`.
 pub(super) const CLIP: f32 = 4.0;
 /// Least scale of a channel.
 const MIN_SCALE: f64 = 1e-5;
 
-/// Factors of `n` that are as near to each other as can be: `left <= right`, found by Fermat's method.
-pub(super) fn factors(n: u64) -> (u64, u64) {
-    let mut a = n.isqrt();
-    if a * a < n {
-        a += 1;
-    }
-    loop {
-        let rest = a * a - n;
-        let b = rest.isqrt();
-        if b * b == rest {
-            return (a - b, a + b);
-        }
-        a += 1;
-    }
-}
-
-/// The matrices of a layer in the order of their draws: name, how many, and size.
+/// The matrices of a layer in the order of their draws: name, how many, and size. A width that makes no pair has none.
 pub(super) fn matrices(facts: &ModelFacts, tp: u64) -> Vec<(String, u64, u64)> {
     let mut list = Vec::new();
-    let mut kron = |name: &str, n: u64, count: u64| {
-        let (left, right) = factors(n);
-        for (side, size) in [("left", left), ("right", right)] {
-            list.push((format!("{name}.{side}"), count, size));
+    let kron = |list: &mut Vec<_>, name: &str, n: u64, count: u64| {
+        if let Some((left, right)) = fermat(n) {
+            list.push((format!("{name}.left"), count, left));
+            list.push((format!("{name}.right"), count, right));
         }
     };
-    kron("attn_in", facts.hidden, 1);
-    kron("mlp_in", facts.hidden, 1);
-    kron("down_in", facts.intermediate / tp, tp);
+    kron(&mut list, "attn_in", facts.hidden, 1);
     let heads = [("o_in", tp, facts.heads / tp), ("keys", 1, facts.head_dim), ("values", 1, facts.head_dim)];
-    let heads = heads.map(|(name, count, size)| (format!("{name}.matrix"), count, size));
-    list.splice(2..2, heads);
+    list.extend(heads.map(|(name, count, size)| (format!("{name}.matrix"), count, size)));
+    kron(&mut list, "mlp_in", facts.hidden, 1);
+    kron(&mut list, "down_in", facts.intermediate / tp, tp);
     list
 }
 
@@ -122,31 +105,6 @@ pub(super) fn diagonal(xmax: &[f32], wmax: &[f32], alpha: f64) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    // methods.md §7.3 [golden].
-    #[test]
-    fn factors_golden() {
-        for (n, want) in [
-            (896, (28, 32)),
-            (1536, (32, 48)),
-            (3584, (56, 64)),
-            (4096, (64, 64)),
-            (5120, (64, 80)),
-            (8192, (64, 128)),
-            (4864, (64, 76)),
-            (8960, (80, 112)),
-            (2240, (40, 56)),
-            (18944, (128, 148)),
-            (2368, (32, 74)),
-            (13824, (108, 128)),
-            (27648, (144, 192)),
-            (28672, (128, 224)),
-            (576, (24, 24)),
-            (7, (1, 7)),
-        ] {
-            assert_eq!(factors(n), want, "{n}");
-        }
-    }
 
     // methods.md §2.6 [golden]: the sign-fixed Q of np.random.seed(0); randn(2, 2).
     #[test]

@@ -2,10 +2,11 @@
 
 use qrmc_ir::{
     BinaryOp, Builder, Diag, Func, FuncId, Grain, Module, Op, QuantSpec, Tensor, UnaryOp, ValueId, WeightId,
-    rewrite,
+    fermat, rewrite,
 };
 
-use super::init::{factors, matrices, ranked};
+use super::init::{matrices, ranked};
+use super::scope::{Scope, no_pair};
 use super::{AffineOptions, Form};
 use crate::edges::{Linear, Producer, caches, inputs, linears, producer, role, transform_edge, width};
 use crate::unit::Unit;
@@ -17,6 +18,7 @@ pub(super) struct Names<'a> {
     ids: Vec<(String, WeightId)>,
     form: Form,
     module: &'a Module,
+    scope: Scope,
 }
 
 /// Declares the parameters of a layer with these values, and inserts the transforms that they make. Gives the names of
@@ -31,13 +33,14 @@ pub(super) fn layer(
     value: &dyn Fn(&str) -> Option<Tensor>,
 ) -> Result<Vec<(String, WeightId)>, Diag> {
     let f = unit.module.func(func).clone();
+    let scope = Scope::of(&unit.module, func, o)?;
     let mut ids = Vec::new();
-    for name in parameters(&unit.module, &f, o) {
+    for name in parameters(&unit.module, &f, o, &scope) {
         let missing = || Diag::new("Q0609", format!("@{} has no value for its parameter {name}", f.name));
         let id = unit.define(&format!("{}.{name}", f.name), value(&name).ok_or_else(missing)?)?;
         ids.push((name, id));
     }
-    let names = Names { layer: f.name.clone(), ids, form: o.form, module: &unit.module };
+    let names = Names { layer: f.name.clone(), ids, form: o.form, module: &unit.module, scope };
     let new = transforms(&names, &f, o)?;
     let ids = names.ids;
     unit.module.funcs[func.0 as usize] = new;
@@ -73,9 +76,10 @@ pub(super) fn edges(f: &Func) -> Result<Vec<(&'static str, ValueId, Producer)>, 
 }
 
 /// Names of the parameters of a layer, in the order of their declaration.
-pub(super) fn parameters(module: &Module, f: &Func, o: &AffineOptions) -> Vec<String> {
+pub(super) fn parameters(module: &Module, f: &Func, o: &AffineOptions, scope: &Scope) -> Vec<String> {
     let mut names = Vec::new();
-    for (name, ..) in matrices(&module.facts, u64::from(o.tp)) {
+    let matrices = matrices(&module.facts, u64::from(o.tp));
+    for (name, ..) in matrices.into_iter().filter(|(name, ..)| scope.has(name)) {
         match o.form {
             Form::Direct => names.push(name),
             Form::Svd => {
@@ -83,14 +87,15 @@ pub(super) fn parameters(module: &Module, f: &Func, o: &AffineOptions) -> Vec<St
             }
         }
     }
-    let edges = ["attn_in", "mlp_in", "down_in"];
     if o.diag {
+        let edges = ["attn_in", "mlp_in", "down_in"].into_iter().filter(|e| scope.has(e));
         names.extend(edges.map(|e| format!("{e}.diag")));
     }
-    for e in ["attn_in", "o_in", "mlp_in", "down_in", "keys", "values"] {
-        names.extend(["hi", "lo"].map(|side| format!("{e}.{side}")));
+    let edges = ["attn_in", "o_in", "mlp_in", "down_in", "keys", "values"];
+    for e in edges.into_iter().filter(|e| scope.has(e)) {
+        names.extend(scope.clips(e).iter().map(|side| format!("{e}.{side}")));
     }
-    for l in linears(f) {
+    for l in linears(f).into_iter().filter(|l| scope.input(l.x)) {
         let role = role(module, f, &l);
         names.extend(["hi", "lo"].map(|side| format!("{role}.{side}")));
     }
@@ -137,20 +142,24 @@ impl Names<'_> {
         b.op1(Op::MatMul { trans_b: false }, &[base, q])
     }
 
-    /// The factors on the ends of a range, from their parameters.
-    fn ends(&self, b: &mut Builder<'_>, of: &str) -> Result<[ValueId; 2], Diag> {
-        let mut out = [ValueId(0); 2];
-        for (v, side) in out.iter_mut().zip(["hi", "lo"]) {
+    /// Factors on a range, from these of its parameters: one is that of both ends.
+    fn factors(&self, b: &mut Builder<'_>, of: &str, sides: &[&str]) -> Result<Vec<ValueId>, Diag> {
+        let mut out = Vec::new();
+        for side in sides {
             let p = self.weight(b, &format!("{of}.{side}"))?;
-            *v = b.op1(Op::Unary(UnaryOp::Sigmoid), &[p])?;
+            out.push(b.op1(Op::Unary(UnaryOp::Sigmoid), &[p])?);
+        }
+        if let [both] = out[..] {
+            out.push(both);
         }
         Ok(out)
     }
 
-    /// Marks a value as an edge with its learned ends.
+    /// Marks a value as an edge, with its learned ends where it has some.
     fn edge(&self, b: &mut Builder<'_>, of: &str, x: ValueId) -> Result<ValueId, Diag> {
-        let [hi, lo] = self.ends(b, of)?;
-        b.op1(Op::Edge, &[x, hi, lo])
+        let mut ins = vec![x];
+        ins.extend(self.factors(b, of, self.scope.clips(of))?);
+        b.op1(Op::Edge, &ins)
     }
 }
 
@@ -161,13 +170,16 @@ fn contragredient(b: &mut Builder<'_>, m: ValueId) -> Result<ValueId, Diag> {
 }
 
 /// The factors of an edge's transform: names of matrices, and over how many channels they step.
-fn kronecker(f: &Func, name: &str, x: ValueId, head: u64, tp: u64) -> Vec<(String, u64)> {
+///
+/// # Errors
+/// If the width makes no Kronecker pair.
+fn kronecker(f: &Func, name: &str, x: ValueId, head: u64, tp: u64) -> Result<Vec<(String, u64)>, Diag> {
     if name == "o_in" {
-        return vec![("o_in.matrix".into(), head), ("values.matrix".into(), 1)];
+        return Ok(vec![("o_in.matrix".into(), head), ("values.matrix".into(), 1)]);
     }
-    let ranks = if ranked(&format!("{name}.")) { tp } else { 1 };
-    let (_, right) = factors(width(f, x) / ranks);
-    vec![(format!("{name}.left"), right), (format!("{name}.right"), 1)]
+    let n = width(f, x) / if ranked(&format!("{name}.")) { tp } else { 1 };
+    let (_, right) = fermat(n).ok_or_else(|| no_pair(f, name, n))?;
+    Ok(vec![(format!("{name}.left"), right), (format!("{name}.right"), 1)])
 }
 
 fn transforms(names: &Names<'_>, f: &Func, o: &AffineOptions) -> Result<Func, Diag> {
@@ -177,7 +189,10 @@ fn transforms(names: &Names<'_>, f: &Func, o: &AffineOptions) -> Result<Func, Di
     for at in 0..4 {
         // A rewrite renumbers values, so that each edge is found anew.
         let (name, x, kind) = edges(&f)?[at];
-        let parts = kronecker(&f, name, x, head, tp);
+        if !names.scope.has(name) {
+            continue;
+        }
+        let parts = kronecker(&f, name, x, head, tp)?;
         let diag = o.diag && name != "o_in";
         let row_parallel = matches!(kind, Producer::Attention | Producer::Product);
         let old = f.clone();
@@ -212,8 +227,9 @@ fn transforms(names: &Names<'_>, f: &Func, o: &AffineOptions) -> Result<Func, Di
                     true => Grain::Group((width(&old, l.x) / tp) as u32),
                     false => Grain::Row,
                 };
-                let [hi, lo] = names.ends(b, &role(module, &old, l))?;
-                b.op1(Op::ClipRange(QuantSpec::sym(8, grain)), &[w, hi, lo])
+                let mut ins = vec![w];
+                ins.extend(names.factors(b, &role(module, &old, l), &["hi", "lo"])?);
+                b.op1(Op::ClipRange(QuantSpec::sym(8, grain)), &ins)
             },
         )?;
     }
@@ -227,7 +243,7 @@ fn cached(names: &Names<'_>, f: &Func) -> Result<Func, Diag> {
     rewrite(names.module, f, |b, node, ins| {
         let mut ins = ins.to_vec();
         match node.op {
-            Op::Attention(_) => {
+            Op::Attention(_) if names.scope.has("keys") => {
                 let m = names.matrix(b, "keys.matrix")?;
                 let m = contragredient(b, m)?;
                 ins[0] = b.op1(Op::ModeMul { inner: 1 }, &[ins[0], m])?;
@@ -235,6 +251,10 @@ fn cached(names: &Names<'_>, f: &Func) -> Result<Func, Diag> {
             Op::CacheAppend => {
                 let Some(cache) = list.iter().find(|c| c.new == node.ins[1]) else { return Ok(None) };
                 let name = if cache.keys { "keys" } else { "values" };
+                // What is not quantized needs no transform of its own.
+                if !names.scope.has(name) || names.scope.clips(name).is_empty() {
+                    return Ok(None);
+                }
                 let m = names.matrix(b, &format!("{name}.matrix"))?;
                 let new = b.op1(Op::ModeMul { inner: 1 }, &[ins[1], m])?;
                 ins[1] = names.edge(b, name, new)?;

@@ -4,6 +4,7 @@ use qrmc_ir::{Builder, Diag, Func, FuncId, Op, Prepared, Rule, Tensor, ValueId, 
 
 use super::init::{CLIP, diagonal, draw};
 use super::insert::{edges, layer as insert, parameters, trained};
+use super::scope::Scope;
 use super::{AffineOptions, Form, Products, find};
 use crate::annotate::{AnnotateOptions, annotate};
 use crate::calibrate::{LayerResult, LayerRun, observe};
@@ -41,7 +42,7 @@ pub(super) fn layer(
     let mut parameters = Parameters::of(&ids, o, &values);
     // Where there is no unit for them, products of bfloat16 are the slower ones.
     let bf16 = coarse.is_some() && o.products == Products::Bf16;
-    let (loss, gradient) = functions(&student, run.func, o, &parameters, bf16)?;
+    let (loss, gradient) = functions(&student, (run.func, run.index), o, &parameters, bf16)?;
     let loss = engine.prepare(&student.module, &loss, &student.weights)?;
     let gradient = engine.prepare(&student.module, &gradient, &student.weights)?;
     let size: f64 = next.iter().map(|t| t.as_f32().map_or(0.0, squares)).sum();
@@ -102,10 +103,13 @@ fn start(
 ) -> Result<(LayerResult, Vec<Tensor>), PassError> {
     let (m, f) = (&unit.module, unit.module.func(run.func).clone());
     let tp = u64::from(o.tp);
-    let edges: Vec<_> = edges(&f)?.into_iter().filter(|(name, ..)| *name != "o_in").collect();
+    let scope = Scope::of(m, run.func, o)?;
+    let paired = |name: &str| name != "o_in" && scope.has(name);
+    let edges: Vec<_> = edges(&f)?.into_iter().filter(|(name, ..)| paired(name)).collect();
     let wanted: Vec<ValueId> = edges.iter().map(|(_, x, _)| *x).collect();
     let (batches, next) = observe(unit, cx, run, &wanted)?;
     let mut values = draw(&m.facts, tp, o.seed, before, o.form == Form::Svd);
+    values.retain(|(name, _)| scope.has(name));
     if o.form == Form::Svd {
         for (name, t) in values.clone().into_iter().filter(|(n, _)| !n.ends_with(".v")) {
             let mut s = t.shape().to_vec();
@@ -128,21 +132,21 @@ fn start(
         let n = shape.iter().product();
         Tensor::f32(shape, vec![CLIP; n])
     };
-    let mut sides = |name: &str, shape: Vec<usize>| {
-        values.extend(["hi", "lo"].map(|s| (format!("{name}.{s}"), clip(shape.clone()))));
+    let mut put = |name: &str, sides: &[&str], shape: Vec<usize>| {
+        values.extend(sides.iter().map(|s| (format!("{name}.{s}"), clip(shape.clone()))));
     };
-    for name in ["attn_in", "mlp_in", "keys", "values"] {
-        sides(name, vec![1]);
+    for name in ["attn_in", "mlp_in", "keys", "values"].into_iter().filter(|n| scope.has(n)) {
+        put(name, scope.clips(name), vec![1]);
     }
-    for name in ["o_in", "down_in"] {
-        sides(name, vec![tp as usize]);
+    for name in ["o_in", "down_in"].into_iter().filter(|n| scope.has(n)) {
+        put(name, scope.clips(name), vec![tp as usize]);
     }
-    for l in linears(&f) {
+    for l in linears(&f).into_iter().filter(|l| scope.input(l.x)) {
         let rows = f.ty(l.w).shape.0[0].fixed().unwrap_or(0);
         let groups = if row_parallel(&f, l.x) { tp as usize } else { 1 };
-        sides(&role(m, &f, &l), vec![rows, groups]);
+        put(&role(m, &f, &l), &["hi", "lo"], vec![rows, groups]);
     }
-    debug_assert!(parameters(m, &f, o).iter().all(|n| values.iter().any(|(v, _)| v == n)));
+    debug_assert!(parameters(m, &f, o, &scope).iter().all(|n| values.iter().any(|(v, _)| v == n)));
     Ok((values, next))
 }
 
@@ -163,7 +167,7 @@ impl Parameters {
         let mut list = Vec::new();
         for (name, tensor) in values.iter().filter(|(n, _)| trained(n, o.form)) {
             let Some((_, id)) = ids.iter().find(|(n, _)| n == name) else { continue };
-            let clip = name.ends_with(".hi") || name.ends_with(".lo");
+            let clip = [".hi", ".lo", ".clip"].iter().any(|end| name.ends_with(end));
             let n = tensor.len();
             list.push(Parameter {
                 name: name.clone(),
@@ -207,7 +211,7 @@ impl Parameters {
 /// layer as it will run, its transforms placed and its quantizers in place.
 fn functions(
     unit: &Unit,
-    func: FuncId,
+    (func, index): (FuncId, usize),
     o: &AffineOptions,
     parameters: &Parameters,
     bf16: bool,
@@ -220,11 +224,13 @@ fn functions(
         sym: true,
         rule: Rule::MinMax,
         a: o.a,
+        a_sym: o.a_sym,
         kv: o.kv,
+        wide: o.wide.clone(),
         tp: o.tp,
         ..AnnotateOptions::default()
     };
-    let quantized = annotate(m, &placed, &quantizers, &Skip::default().resolve(m), 0)?;
+    let quantized = annotate(m, &placed, &quantizers, &Skip::default().resolve(m), index)?;
     // Caches hold nothing; stored weights are widened once.
     let derived = quantized.weight_derived();
     let f = rewrite(m, &quantized, |b, node, ins| match node.op {

@@ -1,9 +1,9 @@
 //! Methods that quantize caches, or weights, activations and caches.
 
-use qrmc_ir::Rule;
+use qrmc_ir::{Rule, ScaleType};
 
 use super::call;
-use crate::affine::{AffineOptions, Form};
+use crate::affine::{AffineOptions, Clips, Edges, Form};
 use crate::annotate::AnnotateOptions;
 use crate::options::{CacheBits, CacheWidth, Group, OptionType, OptionValue, Width, options, word_option};
 use crate::part_bias::PartBiasOptions;
@@ -199,8 +199,18 @@ options! {
         head: Width = Width(16),
         /// bits of the input of a linear layer
         a: Width = Width(4),
+        /// signed codes without a zero point for activations
+        a_sym: bool = false,
         /// bits of cached keys and values
         kv: CacheWidth = CacheWidth(4),
+        /// type in which scales of weights are stored
+        scale: ScaleType = ScaleType::F32,
+        /// linear layers with weights and inputs of 8 bits, without transform and clip
+        wide: Skip = Skip::default(),
+        /// what gets a transform: every edge, the inputs behind norms and the feed-forward product, or those behind norms
+        edges: Edges = Edges::All,
+        /// learned clips of an activation: one for each end of its range, or one for both
+        clips: Clips = Clips::Two,
         /// passes over the calibration text
         epochs: u32 = 15,
         /// windows in a step
@@ -225,7 +235,11 @@ impl FlatquantPreset {
         let affine = AffineOptions {
             w: self.w,
             a: self.a,
+            a_sym: self.a_sym,
             kv: self.kv,
+            wide: self.wide.clone(),
+            edges: self.edges,
+            clips: self.clips,
             epochs: self.epochs,
             batch: self.batch,
             lr: self.lr,
@@ -242,14 +256,18 @@ impl FlatquantPreset {
             head: self.head,
             group: Group::Row,
             sym: true,
+            scale: self.scale,
             a: self.a,
+            a_sym: self.a_sym,
             kv: self.kv,
             tp: self.tp,
+            wide: self.wide.clone(),
             skip: self.skip.clone(),
             ..AnnotateOptions::default()
         };
         let mut calls = vec![call("affine", affine.write()), call("annotate", annotate.write())];
-        if self.w.quantized().or(self.head.quantized()).is_some() {
+        let weights = self.w.quantized().or(self.head.quantized()).is_some() || self.wide != Skip::default();
+        if weights {
             calls.push(call("rtn", RtnOptions {}.write()));
         }
         calls

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use qrmc_ir::{Elem, Module, TensorType};
 use serde_json::{Map, Value};
 
-use super::{OLD_SIDE, SIDE, Type, sides};
+use super::{Type, pair_of};
 use crate::export::rules::{Fault, differing};
 use crate::export::view::products;
 
@@ -85,19 +85,13 @@ fn layer(
         // On several ranks the loader computes the pair of the inputs of one.
         let cut = module.ends_with("o_proj") || module.ends_with("down_proj");
         let least = if cut { ranks.iter().copied().max().unwrap_or(1).max(1) as usize } else { 1 };
-        match sides(cols / least) {
-            Some((left, right)) if right.is_multiple_of(8) && left.max(right) <= SIDE => {
+        match pair_of(cols / least) {
+            Ok((left, right)) => {
                 want.push(("left_trans", Elem::F32, vec![left, left]));
                 want.push(("right_trans", Elem::F32, vec![right, right]));
                 want.push(("clip_ratio", Elem::F32, vec![1]));
             }
-            pair => {
-                let what = format!("{module}: its inputs make the pair {pair:?}");
-                let hint = format!(
-                    "the operator takes sides up to {SIDE} ({OLD_SIDE} before CANN 8.5), the second a multiple of 8: use W8A8_DYNAMIC"
-                );
-                out.push(Fault::new(what, hint));
-            }
+            Err(why) => out.push(Fault::new(format!("{module}: {why}"), "use W8A8_DYNAMIC")),
         }
     }
     for (suffix, elem, shape) in want {

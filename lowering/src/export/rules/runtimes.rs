@@ -127,6 +127,10 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
     }
     out.extend(c.fused());
     out.extend(c.head());
+    out.extend(c.view.caches.first().map(|spec| {
+        let what = format!("keys or values are cached as {spec}; its description has no such cache");
+        Fault::new(what, "compile with kv=16")
+    }));
     out.extend(c.each(|l| {
         let spec = l.spec();
         let plain = l.symmetric() && spec.grain == Grain::Row;
@@ -143,6 +147,10 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
         let hint =
             "inputs are rounded for each token to as many bits as weights, without zero points (a_sym=true)";
         Some((format!("its input is rounded to {x}"), hint))
+    }));
+    out.extend(c.each(|l| {
+        let clip = l.bits() == 8 && !l.input.bounds.is_empty();
+        clip.then(|| ("its input has a clip of its range".to_owned(), "compile without a_clip"))
     }));
     out.extend(c.each(|l| {
         let wide = l.bits() == 8 && l.spec().scale == ScaleType::F32;
