@@ -1,6 +1,5 @@
 //! Elementwise functions and reductions of known tensors.
 
-use super::file::Node;
 use super::fold::aligned;
 use super::known::{Data, Known, truths};
 
@@ -42,11 +41,11 @@ fn zip<T: Copy, U>(a: &[T], b: &[T], f: impl Fn(T, T) -> U) -> Vec<U> {
 }
 
 /// A function of two tensors, or of more from the left; `None` if the operator is unknown.
-pub(super) fn binary(op: &str, node: &Node, x: &Known, ins: &[Option<&Known>], y: &Known) -> Option<Made> {
+pub(super) fn binary(op: &str, x: &Known, ins: &[Option<&Known>], y: &Known) -> Option<Made> {
     if matches!(op, "Max" | "Min") && ins.len() > 2 {
         let rest = ins[1..].iter().copied().collect::<Option<Vec<_>>>()?;
         return rest.iter().try_fold(Ok(x.clone()), |all: Made, k| match all {
-            Ok(all) => binary(op, node, &all, &ins[..2], k),
+            Ok(all) => binary(op, &all, &ins[..2], k),
             Err(e) => Some(Err(e)),
         });
     }

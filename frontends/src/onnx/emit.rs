@@ -92,7 +92,7 @@ impl Build<'_> {
                     b.op1(Op::RmsNorm(eps), &[x, gain])?
                 } else {
                     let shape = b.ty(x).shape.clone();
-                    let heads = [info.n / run, *run].map(|n| Dim::Fixed(n));
+                    let heads = [info.n / run, *run].map(Dim::Fixed);
                     let split = Shape(vec![shape.0[0], shape.0[1], heads[0], heads[1]]);
                     let x = b.op1(Op::Reshape(split), &[x])?;
                     let y = b.op1(Op::RmsNorm(eps), &[x, gain])?;

@@ -266,10 +266,8 @@ impl Eval {
                 one(Real { t: self.terms.bin(Bin::Mul, x.t, s, Fit::Same), axes: x.axes })
             }
             "Pow" => match get(1).and_then(|v| self.known(v)).and_then(|k| power(&k)) {
-                Some(p) if p == 2.0 => {
-                    one(Real { t: self.terms.bin(Bin::Mul, x.t, x.t, Fit::Same), axes: x.axes })
-                }
-                Some(p) if p == -0.5 => {
+                Some(2.0) => one(Real { t: self.terms.bin(Bin::Mul, x.t, x.t, Fit::Same), axes: x.axes }),
+                Some(-0.5) => {
                     let root = self.terms.un(Un::Sqrt, x.t);
                     one(Real { t: self.terms.un(Un::Recip, root), axes: x.axes })
                 }

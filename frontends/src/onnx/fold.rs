@@ -150,7 +150,7 @@ fn of_first(node: &Node, x: &Known, ins: &[Option<&Known>]) -> Option<Made> {
         "MatMul" => product_of_matrices(x, get(1)?),
         "ReduceSum" | "ReduceMean" | "ReduceMax" | "ReduceMin" | "ReduceProd" => reduce(node, x, axes(1)),
         op => match get(1) {
-            Some(y) => super::arith::binary(op, node, x, ins, y)?,
+            Some(y) => super::arith::binary(op, x, ins, y)?,
             None => super::arith::unary(op, x)?,
         },
     };

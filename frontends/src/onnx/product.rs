@@ -16,8 +16,8 @@ impl Eval {
         Some(match (node.op.as_str(), a, b) {
             ("MatMul", Val::Real(x), Val::Real(y)) => self.scores(x, y).map(|s| vec![s]),
             ("MatMul", Val::Scores(s), Val::Real(v)) => self.weighted(s, v),
-            ("MatMul", Val::Real(x), w) => self.from_right(x, w),
-            ("MatMul", w, Val::Real(x)) => self.from_left(w, x),
+            ("MatMul", Val::Real(x), w) => self.by_right(x, w),
+            ("MatMul", w, Val::Real(x)) => self.by_left(w, x),
             ("Gemm", Val::Real(x), w) => self.gemm(node, x, w, ins.get(2).and_then(Option::as_ref)),
             ("MatMulInteger", Val::Real(x), Val::Stored { tensor, dims, swapped: true }) => {
                 self.dot(x, *tensor, dims, ins.get(3).and_then(Option::as_ref))
@@ -55,7 +55,7 @@ impl Eval {
         Ok(Real { t: self.terms.linear(t, Rc::new(m)), axes })
     }
 
-    fn from_right(&mut self, x: &Real, w: &Val) -> Made {
+    fn by_right(&mut self, x: &Real, w: &Val) -> Made {
         let Some((k, stride)) = x.last() else { return Err("a product along no channels".into()) };
         let m = self.matrix(w, true)?;
         if stride == 1 && k == self.terms.n(x.t) {
@@ -69,7 +69,7 @@ impl Eval {
     }
 
     /// `mᵀ X` along the last axis but one: a mode product with `m`.
-    fn from_left(&mut self, w: &Val, x: &Real) -> Made {
+    fn by_left(&mut self, w: &Val, x: &Real) -> Made {
         let rank = x.axes.len();
         let channel = |a: &Axis| match a[..] {
             [d] if d.kind == Kind::Chan => Some((d.size as u64, d.stride)),

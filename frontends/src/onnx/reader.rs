@@ -44,6 +44,17 @@ fn text(f: Field<'_>) -> Option<String> {
     f.text().map(str::to_owned)
 }
 
+/// Reads a message inside another one, of which there may be several.
+fn inside<'a, X>(
+    f: Field<'a>,
+    out: &mut Vec<X>,
+    read: impl FnOnce(&'a [u8]) -> Parsed<X>,
+) -> Parsed<Option<()>> {
+    let Some(bytes) = f.bytes() else { return Ok(None) };
+    out.push(read(bytes)?);
+    SKIP
+}
+
 /// A field that is not wanted, of whatever type.
 const SKIP: Parsed<Option<()>> = Ok(Some(()));
 
@@ -56,10 +67,7 @@ impl Reader<'_> {
                 1 => f.int().map(|v| version = Some(v)),
                 2 => text(f).map(|t| producer = t),
                 7 => f.bytes().map(|b| graph = Some(b)),
-                8 => match f.bytes() {
-                    Some(b) => Some(opsets.push(opset(b)?)),
-                    None => None,
-                },
+                8 => return inside(f, &mut opsets, opset),
                 25 => return Err("it has functions of its own, which are not read".into()),
                 _ => Some(()),
             })
@@ -116,10 +124,7 @@ impl Reader<'_> {
                 2 => text(f).map(|t| node.outputs.push(t)),
                 3 => text(f).map(|t| node.name = t),
                 4 => text(f).map(|t| node.op = t),
-                5 => match f.bytes() {
-                    Some(b) => Some(node.attrs.push(self.attribute(b)?)),
-                    None => None,
-                },
+                5 => return inside(f, &mut node.attrs, |b| self.attribute(b)),
                 7 => text(f).map(|t| node.domain = t),
                 _ => Some(()),
             })
@@ -144,7 +149,10 @@ impl Reader<'_> {
             Ok(match n {
                 1 => text(f).map(|t| name = t),
                 2 => match f {
-                    Field::Four(x) => Some(float = f32::from_bits(x)),
+                    Field::Four(x) => {
+                        float = f32::from_bits(x);
+                        Some(())
+                    }
                     _ => None,
                 },
                 3 => f.int().map(|n| int = n),
@@ -183,10 +191,7 @@ impl Reader<'_> {
                 5 | 7 => f.ints(&mut ints),
                 8 => text(f).map(|t| name = t),
                 9 => f.bytes().map(|b| raw = Some(b)),
-                13 => match f.bytes() {
-                    Some(b) => Some(external.push(entry(b)?)),
-                    None => None,
-                },
+                13 => return inside(f, &mut external, entry),
                 14 => f.int().map(|p| place = p),
                 _ => Some(()),
             })

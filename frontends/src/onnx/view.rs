@@ -227,7 +227,7 @@ pub(super) fn aligned(a: &[Axis], na: u64, b: &[Axis], nb: u64) -> Result<(Vec<A
     }
     let fit = if strides(&wide, 1) == strides(&narrow, 1) {
         if na == nb { Fit::Same } else { Fit::Tile }
-    } else if na % nb.max(1) == 0
+    } else if na.is_multiple_of(nb.max(1))
         && wide.iter().all(|d| d.stride % run == 0)
         && strides(&wide, run) == strides(&narrow, 1)
     {
