@@ -7,15 +7,16 @@ use super::dequant::GgmlType;
 /// Elements of a block, which share a scale.
 const BLOCK: u32 = 32;
 
-/// The scheme that says what blocks of this type hold, exactly, if there is one. `Q4_1` has a minimum in the place of a
-/// zero point; `bytes` are looked at until a block's minimum is no whole number of steps.
+/// The scheme that says what blocks of this type hold, exactly, if there is one. `Q4_1` and `Q5_1` have a minimum in the
+/// place of a zero point; `bytes` are looked at until a block's minimum is no whole number of steps.
 pub(super) fn scheme(ty: GgmlType, bytes: &[u8]) -> Option<QuantSpec> {
     let sym = |bits| QuantSpec { scale: ScaleType::F16, ..QuantSpec::sym(bits, Grain::Group(BLOCK)) };
     match ty {
         GgmlType::Q4_0 => Some(sym(4)),
+        GgmlType::Q5_0 => Some(sym(5)),
         GgmlType::Q8_0 => Some(sym(8)),
-        GgmlType::Q4_1 if blocks(ty, bytes).all(|b| zero_point(b).is_some()) => {
-            Some(QuantSpec { scale: ScaleType::F16, ..QuantSpec::asym(4, Grain::Group(BLOCK)) })
+        GgmlType::Q4_1 | GgmlType::Q5_1 if blocks(ty, bytes).all(|b| zero_point(ty, b).is_some()) => {
+            Some(QuantSpec { scale: ScaleType::F16, ..QuantSpec::asym(bits(ty), Grain::Group(BLOCK)) })
         }
         _ => None,
     }
@@ -25,12 +26,17 @@ fn blocks(ty: GgmlType, bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     bytes.chunks_exact(ty.block_bytes())
 }
 
-/// The zero point of a `Q4_1` block: `d * code + m` is `d * (code - zero)` in every bit if `m` is `-zero * d`. Products
+/// Bits of a code in blocks that are no bytes.
+fn bits(ty: GgmlType) -> u8 {
+    if matches!(ty, GgmlType::Q5_0 | GgmlType::Q5_1) { 5 } else { 4 }
+}
+
+/// The zero point of a `Q4_1` or `Q5_1` block: `d * code + m` is `d * (code - zero)` in every bit if `m` is `-zero * d`. Products
 /// and sums of these few digits are exact in `f32`.
-fn zero_point(block: &[u8]) -> Option<u8> {
+fn zero_point(ty: GgmlType, block: &[u8]) -> Option<u8> {
     let float = |at: usize| half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
     let (d, m) = (float(0), float(2));
-    (0..16u8).find(|&z| -f32::from(z) * d == m && d.is_finite())
+    (0..1u8 << bits(ty)).find(|&z| -f32::from(z) * d == m && d.is_finite())
 }
 
 /// Appends a row of blocks as dense bits; signed codes plus `2^(bits-1)`.
@@ -46,7 +52,12 @@ pub(super) fn push_codes(ty: GgmlType, row: &[u8], out: &mut Vec<u8>) {
             codes[i] = byte & 15;
             codes[i + 16] = byte >> 4;
         }
-        pack::pack_row(codes.iter().copied(), 4, out);
+        if bits(ty) == 5 {
+            // The fifth bits stand before them.
+            let high = &b[ty.block_bytes() - 20..];
+            codes.iter_mut().enumerate().for_each(|(i, c)| *c |= (high[i / 8] >> (i % 8) & 1) << 4);
+        }
+        pack::pack_row(codes.iter().copied(), bits(ty), out);
     }
 }
 
@@ -55,13 +66,13 @@ pub(super) fn push_scales(ty: GgmlType, row: &[u8], out: &mut Vec<u8>) {
     blocks(ty, row).for_each(|b| out.extend_from_slice(&b[..2]));
 }
 
-/// Appends the zero points of a row of `Q4_1` blocks.
+/// Appends the zero points of a row of blocks that have minima.
 ///
 /// # Errors
 /// The number of a block that has none: the file has changed since [`scheme`] looked at it.
 pub(super) fn push_zeros(ty: GgmlType, row: &[u8], out: &mut Vec<u8>) -> Result<(), usize> {
     for (i, b) in blocks(ty, row).enumerate() {
-        out.push(zero_point(b).ok_or(i)?);
+        out.push(zero_point(ty, b).ok_or(i)?);
     }
     Ok(())
 }
@@ -96,9 +107,12 @@ mod tests {
 
     #[test]
     fn codes_mean_what_the_blocks_mean() {
+        let high = [0xa5, 0x0f, 0x81, 0x3c];
         for (ty, bytes) in [
             (GgmlType::Q4_1, block(0.25, -0.75)),
             (GgmlType::Q4_0, [vec![0, 0xb8], block(0.0, 0.0)[4..].to_vec()].concat()),
+            (GgmlType::Q5_0, [vec![0, 0xb8], high.to_vec(), block(0.0, 0.0)[4..].to_vec()].concat()),
+            (GgmlType::Q5_1, [&block(0.25, -5.25)[..4], &high, &block(0.0, 0.0)[4..]].concat()),
             (GgmlType::Q8_0, [vec![0, 0x3c], (0..32u8).map(|i| i.wrapping_mul(37)).collect()].concat()),
         ] {
             let spec = scheme(ty, &bytes).unwrap();

@@ -1,6 +1,6 @@
 //! GGUF files, read as if they were Hugging Face folders: tensors under Hugging Face names, `config.json`
-//! and the tokenizer files rebuilt from the metadata. Linear layers in `Q4_0` and `Q8_0`, and in `Q4_1` where every
-//! minimum is a whole number of steps, can be had as codes; every other type is de-quantized.
+//! and the tokenizer files rebuilt from the metadata. Linear layers in `Q4_0`, `Q5_0` and `Q8_0`, and in `Q4_1` and
+//! `Q5_1` where every minimum is a whole number of steps, can be had as codes; every other type is de-quantized.
 //!
 //! Versions 2 and 3, little-endian, one file, architectures `llama`, `qwen2` and `qwen3`.
 

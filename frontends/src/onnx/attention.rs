@@ -208,8 +208,22 @@ impl Eval {
         Ok(vec![Val::Scores(Rc::new(Scores { masked: true, ..(**s).clone() }))])
     }
 
-    /// A table of cosines and sines of all positions, as the rotary embedding that it is.
+    /// Tables of cosines and sines of all positions, as the rotary embedding that they are. Each is looked at once.
     fn tables(&mut self, cos: Option<&Val>, sin: Option<&Val>, d: u64) -> Result<qrmc_ir::RopeAttr, String> {
+        let tensor = |v: Option<&Val>| match v {
+            Some(Val::Stored { tensor, swapped: false, .. }) => Some(*tensor),
+            _ => None,
+        };
+        let Some(key) = tensor(cos).zip(tensor(sin)) else { return self.angles(cos, sin, d) };
+        if let Some(found) = self.tables.get(&key).filter(|r| u64::from(r.head_dim) == d) {
+            return Ok(*found);
+        }
+        let found = self.angles(cos, sin, d)?;
+        self.tables.insert(key, found);
+        Ok(found)
+    }
+
+    fn angles(&mut self, cos: Option<&Val>, sin: Option<&Val>, d: u64) -> Result<qrmc_ir::RopeAttr, String> {
         let both = [cos, sin].map(|v| v.and_then(|v| self.known(v)));
         let [Some(cos), Some(sin)] = both else {
             return Err("tables of cosines and sines that are not stored".into());

@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use qrmc_ir::RopeAttr;
+
 use super::file::{Model, Node, Stored};
 use super::fold;
 use super::known::Known;
@@ -56,6 +58,8 @@ pub(super) struct Eval {
     pub(super) terms: Terms,
     pub(super) probe: Probe,
     pub(super) values: HashMap<String, Val>,
+    /// The rotary embeddings of stored tables of cosines and sines, by their tensors.
+    pub(super) tables: HashMap<(usize, usize), RopeAttr>,
     /// How often each tensor is still read.
     pub(super) uses: HashMap<String, usize>,
     /// Elements of known tensors that are held, and that were read or written.

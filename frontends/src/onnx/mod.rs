@@ -78,6 +78,7 @@ pub(crate) fn import(path: &Path, integers: Integers) -> Result<Imported, Import
     let first = ports.probe(Probe { batch: 3, new: 4, past: usize::from(!ports.pasts.is_empty()) });
     let second = ports.probe(Probe { batch: 2, new: 3, past: if ports.pasts.is_empty() { 0 } else { far } });
     let uses = eval::uses(&model);
+    let mut tables = HashMap::new();
     let mut made: Option<(qrmc_ir::Module, Pieces, facts::Found)> = None;
     for probe in [first, second] {
         let mut e = Eval {
@@ -85,6 +86,7 @@ pub(crate) fn import(path: &Path, integers: Integers) -> Result<Imported, Import
             terms: Terms::new(model.clone(), ropes, probe.past),
             probe,
             values: HashMap::new(),
+            tables,
             uses: uses.clone(),
             live: 0,
             work: 0,
@@ -104,7 +106,7 @@ pub(crate) fn import(path: &Path, integers: Integers) -> Result<Imported, Import
         let mut build = Build::new(&e.terms, &roles, integers, found.facts.clone());
         build.all(logits).map_err(fail)?;
         let (module, pieces) = (build.module, build.pieces);
-        ropes = e.terms.ropes;
+        (ropes, tables) = (e.terms.ropes, e.tables);
         match &made {
             None => made = Some((module, pieces, found)),
             Some((before, ..)) if qrmc_ir::print(before) == qrmc_ir::print(&module) => {}

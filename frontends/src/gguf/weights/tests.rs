@@ -58,7 +58,7 @@ fn floats_keep_their_type_and_codes_become_f32() {
     assert!(opened.weights.raw("lm_head.weight").unwrap_err().to_string().contains("no such tensor"));
 }
 
-/// Blocks of `Q4_0` or `Q8_0` whose scales and codes differ from block to block.
+/// Blocks of `Q4_0`, `Q5_0` or `Q8_0` whose scales and codes differ from block to block.
 fn blocks(n: u8, bytes: usize) -> Vec<u8> {
     let block = |b: u8| {
         let scale = half::f16::from_f32(0.5 - f32::from(b)).to_le_bytes();
@@ -87,7 +87,7 @@ fn codes_are_kept_where_they_are_asked_for() {
         ("model.layers.0.self_attn.k_proj.weight.codes", "i4<group:32, f16>[4, 64]"),
         ("model.layers.0.self_attn.k_proj.weight.scale", "f16[4, 2]"),
         ("model.layers.0.mlp.up_proj.weight.codes", "i8<group:32, f16>[2, 32]"),
-        ("model.layers.0.mlp.down_proj.weight", "f32[1, 32]"),
+        ("model.layers.0.mlp.down_proj.weight.codes", "i5<group:32, f16>[1, 32]"),
         ("model.layers.0.mlp.gate_proj.weight", "f32[1, 32]"),
         ("lm_head.weight.codes", "i4<group:32, f16>[3, 32]"),
         ("model.embed_tokens.weight", "f32[3, 8]"),
@@ -99,7 +99,8 @@ fn codes_are_kept_where_they_are_asked_for() {
         assert_eq!((Some(raw.bytes.len()), &raw.ty), (ty.bytes(), &ty), "{name}");
     }
     // Codes and scales are the values of the de-quantized tensor, its rows put in order as well.
-    for name in ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj", "lm_head"] {
+    for name in ["layers.0.self_attn.k_proj", "layers.0.mlp.up_proj", "layers.0.mlp.down_proj"] {
+        let name = &format!("model.{name}");
         let codes = kept.weights.read(&format!("{name}.weight.codes")).unwrap();
         let scale = floats(&kept, &format!("{name}.weight.scale"));
         let qrmc_ir::Data::I8(codes) = codes.data() else { panic!("{name}: signed codes") };
