@@ -43,6 +43,8 @@ fn folders_that_load_and_folders_that_do_not() {
         ("rtn{bits=4,group=32,sym=true,scale=f16}", "gguf", "llama.cpp", "1", ""),
         ("rtn{bits=4,group=32,sym=true,scale=f16}", "gguf", "vllm", "1", "does not load the format gguf"),
         ("rtn{bits=4,group=32}", "fake", "vllm", "2", ""),
+        ("rtn{bits=4,group=32}", "onnx", "onnxruntime", "1", ""),
+        ("rtn{bits=4,group=32}", "onnx", "vllm", "1", "does not load the format onnx"),
         ("annotate{w=4,group=32,scale=f16,skip=[k_proj]},rtn", "awq", "vllm", "1", "run as one module"),
     ] {
         compile(d, "qwen2-bias-tied", recipe);
@@ -154,7 +156,7 @@ fn the_description_of_vllm_ascend() {
         let bias = file.tensor("model.layers.0.self_attn.q_proj.bias").unwrap();
         assert_eq!(bias.dtype(), safetensors::Dtype::F32);
         assert_eq!(description["model.layers.0.self_attn.q_proj.bias"], "FLOAT");
-        ok(d, &["check", "x", "--target", "vllm-ascend", "--tp", "1,2"]);
+        ok(d, &["check", "x", "--target", "ascend", "--tp", "1,2"]);
         // A tensor without a type, and a type without its tensors.
         let path = d.join("x/quant_model_description.json");
         let text = String::from_utf8(read("quant_model_description.json")).unwrap();
@@ -177,4 +179,33 @@ fn the_description_of_vllm_ascend() {
         }
         std::fs::write(&path, &text).unwrap();
     }
+}
+
+#[test]
+fn what_onnxruntime_asks_of_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let model = data("onnx/genai-llama-int4-zero/model.onnx");
+    let refused = |what: &str| {
+        let s = run(d, &["check", "m", "--target", "onnxruntime"]);
+        assert!(s.code == 4 && s.err.contains(what) && s.err.contains("hint: "), "{what}: {}", s.err);
+    };
+    std::fs::create_dir(d.join("m")).unwrap();
+    std::fs::copy(&model, d.join("m/model.onnx")).unwrap();
+    ok(d, &["check", "m", "--target", "onnxruntime"]);
+    let genai = std::fs::read_to_string(model.with_file_name("genai_config.json")).unwrap();
+    std::fs::write(d.join("m/genai_config.json"), &genai).unwrap();
+    ok(d, &["check", "m/model.onnx", "--target", "onnxruntime"]);
+    std::fs::write(d.join("m/genai_config.json"), genai.replace("present.%d.key", "kept.%d.key")).unwrap();
+    refused("names `kept.0.key` among the outputs, which the graph does not have (and 1 more)");
+    std::fs::write(d.join("m/genai_config.json"), genai.replace("\"head_size\": 16", "\"head_size\": 24"))
+        .unwrap();
+    refused("heads of 24, which 16 does not divide");
+    // Version 15 of the format, in the file's first field.
+    let mut bytes = std::fs::read(&model).unwrap();
+    assert_eq!(bytes[0], 0x08);
+    bytes[1] = 15;
+    std::fs::write(d.join("m/model.onnx"), bytes).unwrap();
+    std::fs::write(d.join("m/genai_config.json"), genai).unwrap();
+    refused("the format is version 15; up to 14 is opened");
 }

@@ -174,7 +174,7 @@ impl<'a> Ports<'a> {
                 ("past_seq_len" | "past_sequence_length", _) if integer => known.push((i, What::PastLength)),
                 ("total_seq_len" | "total_sequence_length", _) if integer => known.push((i, What::AllLength)),
                 (_, 4) if i.ty.is_some_and(|t| t.float().is_some()) => {
-                    let d = i.dims[3].or(beside.head_dim);
+                    let d = i.dims[3].or(beside.head_dim).or_else(|| head_of(model, &stored));
                     let (Some(heads), Some(d)) = (i.dims[1], d) else {
                         return Err(format!(
                             "the sizes of the cache `{}` are not known: heads {:?}, channels {:?}",
@@ -246,6 +246,16 @@ impl<'a> Ports<'a> {
             e.values.insert(input.name.clone(), Val::Real(Real { t, axes }));
         }
         Ok(())
+    }
+}
+
+/// Channels of a head, where attention with stored tables of angles says them.
+fn head_of(model: &Model, stored: &HashMap<&str, usize>) -> Option<u64> {
+    let attention = model.nodes.iter().find(|n| n.op == "GroupQueryAttention")?;
+    let table = stored.get(attention.inputs.get(7)?.as_str())?;
+    match model.tensors[*table].dims[..] {
+        [_, half] => half.checked_mul(2),
+        _ => None,
     }
 }
 

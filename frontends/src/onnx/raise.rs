@@ -69,16 +69,16 @@ impl Terms {
         if *self.get(high) != part(half) || *self.get(low) != part(0) {
             return None;
         }
-        let attr = self.rotary(&cos, &sin, period as usize, period as usize)?;
+        let attr = self.rotary(cos, sin, period as usize, period as usize)?;
         Some(self.rope(x, attr))
     }
 
     /// The operands of a product with a table of the positions.
-    fn by_table(&self, t: T) -> Option<(T, Arc<[u32]>)> {
-        let Term::Bin(Bin::Mul, a, b, _) = *self.get(t) else { return None };
+    fn by_table(&self, t: T) -> Option<(T, T)> {
+        let Term::Bin(Bin::Mul, a, b, Fit::Same | Fit::Tile) = *self.get(t) else { return None };
         match (self.get(a), self.get(b)) {
-            (_, Term::Table(v)) => Some((a, v.clone())),
-            (Term::Table(v), _) => Some((b, v.clone())),
+            (_, Term::Table(_)) => Some((a, b)),
+            (Term::Table(_), _) => Some((b, a)),
             _ => None,
         }
     }
@@ -99,13 +99,13 @@ impl Terms {
         };
         let (low, cos) = self.by_table(*p)?;
         let (high, sin) = self.by_table(*q)?;
-        let same = self.by_table(*r)? == (high, cos.clone()) && self.by_table(*s)? == (low, sin.clone());
+        let same = self.by_table(*r)? == (high, cos) && self.by_table(*s)? == (low, sin);
         let Term::Part { x, period, start: 0, len } = *self.get(low) else { return None };
         let whole = *self.get(high) == Term::Part { x, period, start: len, len };
         if !(same && whole && la == len && lb == len && period == 2 * len) {
             return None;
         }
-        let attr = self.rotary(&cos, &sin, period as usize, len as usize)?;
+        let attr = self.rotary(cos, sin, period as usize, len as usize)?;
         Some(self.rope(x, attr))
     }
 

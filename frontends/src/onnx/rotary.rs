@@ -2,7 +2,7 @@
 
 use qrmc_ir::{Real, RopeAttr, RopeScaling};
 
-use super::term::Terms;
+use super::term::{T, Term, Terms};
 
 /// Relative difference of a frequency from that of its formula, as single floats differ when they are computed on several
 /// machines.
@@ -44,9 +44,13 @@ pub(super) fn plain(cos: &[f32], sin: &[f32]) -> Option<RopeAttr> {
 impl Terms {
     /// The embedding of heads of `d` channels that tables of `width` numbers a position stand for. One that is found is
     /// remembered: later probes look at positions from which no frequency can be read.
-    pub(super) fn rotary(&mut self, cos: &[u32], sin: &[u32], d: usize, width: usize) -> Option<RopeAttr> {
+    pub(super) fn rotary(&mut self, cos: T, sin: T, d: usize, width: usize) -> Option<RopeAttr> {
         let half = d / 2;
-        let rows = |v: &[u32]| -> Option<Vec<Vec<f32>>> {
+        let rows = |t: T| -> Option<Vec<Vec<f32>>> {
+            let Term::Table(v) = self.get(t) else { return None };
+            if self.n(t) != width as u64 || width < half {
+                return None;
+            }
             let rows = v.chunks(width).map(|r| r.iter().map(|&b| f32::from_bits(b)).collect::<Vec<f32>>());
             // Both halves of a row are the same where it is as wide as a head.
             let rows: Vec<Vec<f32>> = rows.collect();

@@ -17,8 +17,9 @@ use crate::ui::Ui;
 /// The file that tells a folder for vllm-ascend.
 const DESCRIPTION: &str = "quant_model_description.json";
 
-/// The runtime of a name.
+/// The runtime of a name. `ascend` is the one that serves on Ascend.
 pub(crate) fn runtime(name: &str) -> Option<&'static Runtime> {
+    let name = if name == "ascend" { "vllm-ascend" } else { name };
     RUNTIMES.into_iter().find(|r| r.name == name)
 }
 
