@@ -10,6 +10,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+# How far below the likeliest of f32 qrmc's token may be. Two ways of adding up differ by little, but where inputs are rounded
+# a value in the middle between two codes falls on either.
+NEAR, NEAR_ROUNDED = 1e-3, 0.1
+
 
 def unpack(rows, bits, cols):
     """Codes `[rows, cols]` of dense little-endian bit streams, a row each."""
@@ -52,6 +56,10 @@ class Artefact:
         said = re.search(r"\ba=8,a_sym=(true|false)", " ".join(self.manifest["pipeline"]))
         return said and said[1] == "true"
 
+    def near(self):
+        """The largest difference of two log-probabilities that are a tie for qrmc and for f32."""
+        return NEAR if self.activations() is None else NEAR_ROUNDED
+
     def prompts(self):
         """Prompt tokens and the tokens that qrmc continued with."""
         tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
@@ -86,7 +94,8 @@ class Artefact:
                 out.append(logits.log_softmax(-1))
         # qrmc's tokens are the likeliest of f32, but for near-ties.
         for step, token in ((x[i], t) for x, (_, ts) in zip(out, self.prompts()) for i, t in enumerate(ts)):
-            assert step.max() - step[token] < 1e-3, f"{self.folder}: qrmc's token {token} is not the likeliest of f32"
+            gap = (step.max() - step[token]).item()
+            assert gap <= self.near(), f"{self.folder}: qrmc's token {token} is {gap:.1e} below the likeliest of f32"
         np.savez(kept, *[x.numpy() for x in out])
         return out
 

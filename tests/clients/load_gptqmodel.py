@@ -7,12 +7,15 @@ from gptqmodel import BACKEND, GPTQModel
 from transformers import AutoConfig
 
 VERSION = f"gptqmodel {importlib.metadata.version('gptqmodel')}"
+TARGET = "gptqmodel"
 FORK = False
 
 
-def modes(_):
-    """The kernel that GPTQModel chooses, and the one that de-quantizes as the format says."""
-    return ["", "torch"]
+def modes(case):
+    """The kernel that GPTQModel chooses: for 4 bits one for CPUs, so that the one that de-quantizes is asked for, too."""
+    if case["format"] == "compressed-tensors":
+        return []
+    return ["", "torch"] if case["scheme"].startswith("W4") else [""]
 
 
 class Client(load_transformers.Client):

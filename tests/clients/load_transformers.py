@@ -18,6 +18,7 @@ for package in ("compressed-tensors", "gptqmodel", "optimum"):
         importlib.import_module("optimum.gptq" if package == "optimum" else package.replace("-", "_"))
     except importlib.metadata.PackageNotFoundError:
         pass
+TARGET = "transformers"
 FORK = False
 
 

