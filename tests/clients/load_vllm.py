@@ -6,6 +6,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# As many threads as OMP_NUM_THREADS says, and no compiling of what runs a few times.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Else W4 in bfloat16 rounds its inputs to 8 bits on CPUs with AMX.
 os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
 
