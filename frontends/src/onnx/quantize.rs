@@ -61,7 +61,11 @@ impl Terms {
                 None => None,
                 Some(z) => Some(self.vector(z)?),
             };
-            let grain = if v.n == n { Grain::Channel } else { return None };
+            let grain = match v.n {
+                1 => Grain::Tensor,
+                each if each == n => Grain::Channel,
+                _ => return None,
+            };
             let spec = QuantSpec { signed: c.signed, zero: zero.is_some(), ..QuantSpec::sym(c.bits, grain) };
             return Some(self.put(Term::Static { x: c.x, spec, scale: v, zero }, n, pos));
         }

@@ -124,7 +124,7 @@ pub(super) enum Term {
         spec: QuantSpec,
         factors: Option<(T, T)>,
     },
-    /// Codes with stored scales of channels.
+    /// Codes with one stored scale, or with those of channels.
     Static {
         x: T,
         spec: QuantSpec,
