@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # How far below the likeliest of f32 qrmc's token may be. Two ways of adding up differ by little, but where inputs are rounded
-# a value in the middle between two codes falls on either.
-NEAR, NEAR_ROUNDED = 1e-3, 0.1
+# a value in the middle between two codes falls on either, and every layer adds to what comes of it.
+NEAR, NEAR_ROUNDED = 1e-3, 1.0
 
 
 def unpack(rows, bits, cols):
@@ -23,7 +23,7 @@ def unpack(rows, bits, cols):
 
 
 class Artefact:
-    """`floats`: tensors that have no codes; `matrices`: f32 `scale * (code - zero)`, by module name."""
+    """`floats`: tensors without codes; `matrices`: f32 `scale * (code - zero)`, by module name; `bits`: the fewest of them."""
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
@@ -32,7 +32,7 @@ class Artefact:
         for file in {t["file"] for t in listed.values()}:
             with safe_open(self.folder / file, "pt") as f:
                 files |= {k: f.get_tensor(k) for k in f.keys()}
-        self.floats, self.matrices = {}, {}
+        self.floats, self.matrices, self.bits = {}, {}, 8
         for name, tensor in listed.items():
             if re.search(r"\.(scale|zero)$", name):
                 continue
@@ -41,6 +41,7 @@ class Artefact:
                 continue
             sign, bits, rows, cols = re.match(r"([iu])(\d+)<.*>\[(\d+), (\d+)\]", tensor["type"]).groups()
             bits, rows, cols, base = int(bits), int(rows), int(cols), name.removesuffix(".codes")
+            self.bits = min(self.bits, bits)
             # A head that shares the embedding in the source has a matrix of its own here.
             module = "lm_head" if base == "model.embed_tokens.weight.head" else base.removesuffix(".weight")
             codes = unpack(files[name], bits, cols)

@@ -11,10 +11,16 @@ TARGET = "gptqmodel"
 FORK = False
 
 
+# Exports of SmolLM2 that are loaded: one of each format, since on one thread each takes minutes.
+LARGE = [("awq", "W4 g64"), ("gptq", "W4 g64 sym")]
+
+
 def modes(case):
     """The kernel that GPTQModel chooses: for 4 bits one for CPUs, so that the one that de-quantizes is asked for, too."""
     if case["format"] == "compressed-tensors":
         return []
+    if case["model"] != "tiny":
+        return [""] if (case["format"], case["scheme"]) in LARGE else []
     return ["", "torch"] if case["scheme"].startswith("W4") else [""]
 
 
