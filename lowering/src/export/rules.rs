@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use qrmc_ir::Grain;
 
-use super::{HEAD, Linear, View};
+use super::{Entry, HEAD, Linear, View};
 
 pub use runtimes::RUNTIMES;
 
@@ -99,6 +99,18 @@ fn cut(l: &Linear) -> Cut {
 }
 
 impl Case<'_> {
+    /// The first linear layer of a block that stays in floats.
+    fn float_layer(&self) -> Option<String> {
+        let parts = FUSED.into_iter().flatten().copied().chain(["self_attn.o_proj", "mlp.down_proj"]);
+        let ends: Vec<String> = parts.map(|p| format!(".{p}.weight")).collect();
+        self.view.entries.iter().find_map(|e| match e {
+            Entry::Plain { plan, .. } if ends.iter().any(|end| plan.name.ends_with(end)) => {
+                Some(plan.name.strip_suffix(".weight").unwrap_or(&plan.name).to_owned())
+            }
+            _ => None,
+        })
+    }
+
     fn fault(&self, what: String, hint: impl Into<String>) -> Fault {
         let ranks = if self.ranks == 1 { String::new() } else { format!(" at {} ranks", self.ranks) };
         Fault::new(format!("{what}{ranks}"), hint)

@@ -171,6 +171,22 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
 
 fn transformers(c: &Case<'_>) -> Vec<Fault> {
     let mut out = c.groups();
+    let words = ["awq", "gptq", "gptq-v2"].contains(&c.format);
+    if words && c.format != "awq" {
+        // It reads neither `dynamic` nor another list, and takes every layer for codes.
+        out.extend(c.float_layer().map(|name| {
+            let what = format!("{name} stays in floats, which it takes for codes in this format");
+            Fault::new(what, "export to compressed-tensors or awq, or load it with GPTQModel")
+        }));
+    }
+    if words {
+        out.extend(c.each(|l| {
+            let run = group(l).unwrap_or(l.cols);
+            let what = format!("groups of {run}; its CPU kernel of 4 bits has 32, 64, 128 and 256");
+            let hint = "compile with group=128, 64 or 32; other devices were not tried";
+            (l.bits() == 4 && ![32, 64, 128, 256].contains(&run)).then_some((what, hint))
+        }));
+    }
     if c.format == "compressed-tensors" {
         // compressed-tensors 0.20.0 expects the zero points unpacked there, and writes them packed.
         out.extend(c.each(|l| {
