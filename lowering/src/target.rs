@@ -67,6 +67,7 @@ impl Target for Cpu {
     fn multiplies(&self, x: QuantSpec, w: QuantSpec) -> bool {
         match (x.grain, w.grain) {
             (Grain::Token, Grain::Tensor | Grain::Row | Grain::Group(_)) => true,
+            (Grain::Tensor, Grain::Tensor | Grain::Row | Grain::Group(_)) => x.signed && !x.zero,
             // Scales of ranks of tensor parallelism: those of the weight do not reach over two of them, or over whole ones.
             (Grain::Group(run), Grain::Tensor | Grain::Row) => run.is_multiple_of(PIECE),
             (Grain::Group(run), Grain::Group(group)) => {

@@ -28,7 +28,7 @@ options! {
         /// bits of the head's weight, by minimum and maximum, a row at a time where `group` does not divide it; its input
         /// stays float, and so does an embedding that it shares
         head: Width = Width(16),
-        /// bits of the input of a linear layer, one scale a token
+        /// bits of the input of a linear layer, one scale a token; inputs that `static-inputs` has rounded stay
         a: Width = Width(16),
         /// signed codes without a zero point for activations
         a_sym: bool = false,
@@ -186,6 +186,11 @@ impl Marked {
     }
 }
 
+/// Whether the input of linear layers has codes already.
+fn coded(f: &Func, x: ValueId) -> bool {
+    f.def_node(x).is_some_and(|n| n.op == Op::DCast)
+}
+
 /// Annotates one layer. Markers of edges go: what they mark is quantized now, or not to be.
 pub(crate) fn annotate(
     module: &Module,
@@ -235,7 +240,7 @@ pub(crate) fn annotate(
             }
             let wide = all_wide.linear(index, &role);
             let mut x = ins[0];
-            if let Some(spec) = act(l.x, wide) {
+            if let Some(spec) = act(l.x, wide).filter(|_| !coded(f, l.x)) {
                 x = match done.iter().find(|(old, _)| *old == (l.x, wide)) {
                     Some((_, new)) => *new,
                     None => {

@@ -98,6 +98,8 @@ pub(crate) fn producer(func: &Func, mut v: ValueId) -> Producer {
             Op::Binary(BinaryOp::Mul | BinaryOp::Div)
             | Op::Edge
             | Op::FakeQuant(..)
+            | Op::QCast(_)
+            | Op::DCast
             | Op::Hadamard { .. }
             | Op::ModeMul { .. } => v = n.ins[0],
             _ => break,

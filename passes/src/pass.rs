@@ -158,6 +158,15 @@ pub trait Pass {
     /// See [`PassError`]. The unit is then in no useful state; the manager keeps the one before.
     fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError>;
 
+    /// Gives the module the types that [`Pass::run`] would give it, with 1 for each number that needs calibration text.
+    /// Passes whose result nothing asks the types of leave the module as it is.
+    ///
+    /// # Errors
+    /// See [`PassError`].
+    fn outline(&self, _unit: &mut Unit) -> Result<(), PassError> {
+        Ok(())
+    }
+
     /// The call in normal form: every default written out.
     fn call(&self) -> crate::Call {
         crate::Call { name: self.info().name.to_owned(), options: self.options() }

@@ -13,6 +13,7 @@ use crate::rotate::{Rotate, RotateOptions};
 use crate::rtn::{Rtn, RtnOptions};
 use crate::scale::{Scale, ScaleOptions};
 use crate::smooth::{Smooth, SmoothOptions};
+use crate::static_inputs::{StaticInputs, StaticInputsOptions};
 use crate::static_keys::{StaticKeys, StaticKeysOptions};
 
 type Given = [(String, OptionValue)];
@@ -41,7 +42,7 @@ macro_rules! entry {
 }
 
 /// All passes, in the order of the documentation.
-pub const PASSES: [PassEntry; 12] = [
+pub const PASSES: [PassEntry; 13] = [
     entry!(FuseNorm, FuseNormOptions),
     entry!(Rotate, RotateOptions),
     entry!(Smooth, SmoothOptions),
@@ -50,6 +51,7 @@ pub const PASSES: [PassEntry; 12] = [
     entry!(Place, PlaceOptions),
     entry!(PartBias, PartBiasOptions),
     entry!(Annotate, AnnotateOptions),
+    entry!(StaticInputs, StaticInputsOptions),
     entry!(StaticKeys, StaticKeysOptions),
     entry!(ClipSearch, ClipSearchOptions),
     entry!(Rtn, RtnOptions),

@@ -106,7 +106,7 @@ pub(crate) fn magnitudes(
 }
 
 /// `@absmax(x [B, S, n]) -> [1, 1, n]`
-fn absmax(module: &qrmc_ir::Module, ty: &TensorType) -> Result<Func, Diag> {
+pub(crate) fn absmax(module: &qrmc_ir::Module, ty: &TensorType) -> Result<Func, Diag> {
     let mut b = Builder::new(module, "absmax");
     let x = b.param(Some("x"), ty.clone());
     let mut y = b.op1(Op::Unary(UnaryOp::Abs), &[x])?;

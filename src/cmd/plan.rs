@@ -83,20 +83,7 @@ pub(crate) fn within(needs: &Needs, granted: Option<u64>) -> Result<(), Failure>
 
 /// The graph after the passes, without running any: only its types are looked at.
 fn shape_after(model: &Model, pipeline: &Pipeline) -> Result<Module, Failure> {
-    let mut module = model.module.clone();
-    let shapes = Pipeline(
-        pipeline
-            .0
-            .iter()
-            .filter_map(|c| match c.name.as_str() {
-                "fuse-norm" | "annotate" | "rtn" => Some(c.clone()),
-                // Codes have the same types however they are chosen.
-                "gptq" => Some(qrmc_passes::Call { name: "rtn".into(), options: Vec::new() }),
-                _ => None,
-            })
-            .collect(),
-    );
-    let mut unit = qrmc_passes::Unit::new(module.clone(), model.weights.clone());
+    let mut unit = qrmc_passes::Unit::new(model.module.clone(), model.weights.clone());
     let mut silent = super::opt::Silent;
     let engine = CpuEngine::new(1)?;
     let mut cx = qrmc_passes::PassCx {
@@ -106,14 +93,25 @@ fn shape_after(model: &Model, pipeline: &Pipeline) -> Result<Module, Failure> {
         source_key: String::new(),
         report: &mut silent,
     };
-    let mut manager = qrmc_passes::Manager { check: false, seed: 0, after: &mut |_, _| {} };
-    manager.run(&mut unit, &shapes, &mut cx).map_err(|e| match e {
-        // Which of these passes it was says nothing about the pipeline that was asked for.
-        qrmc_passes::PipelineError::Pass { error, .. } => error.into(),
-        other => Failure::from(other),
-    })?;
-    std::mem::swap(&mut module, &mut unit.module);
-    Ok(module)
+    for c in &pipeline.0 {
+        let shape = match c.name.as_str() {
+            "fuse-norm" | "annotate" | "rtn" => c.clone(),
+            // Codes have the same types however they are chosen.
+            "gptq" => qrmc_passes::Call { name: "rtn".into(), options: Vec::new() },
+            _ => {
+                let pass = qrmc_passes::build(c).map_err(qrmc_passes::PipelineError::from)?;
+                pass.outline(&mut unit)?;
+                continue;
+            }
+        };
+        let mut manager = qrmc_passes::Manager { check: false, seed: 0, after: &mut |_, _| {} };
+        manager.run(&mut unit, &Pipeline(vec![shape]), &mut cx).map_err(|e| match e {
+            // Which of these passes it was says nothing about the pipeline that was asked for.
+            qrmc_passes::PipelineError::Pass { error, .. } => error.into(),
+            other => Failure::from(other),
+        })?;
+    }
+    Ok(unit.module)
 }
 
 /// Estimates memory, disk and time.
@@ -137,7 +135,7 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
             memory = memory.max(gptq_bytes(&module, tokens));
         }
         let any = |names: &[&str]| s.pipeline.0.iter().any(|c| names.contains(&c.name.as_str()));
-        if any(&["scale", "clip-search", "smooth", "static-keys"]) {
+        if any(&["scale", "clip-search", "smooth", "static-inputs", "static-keys"]) {
             memory = memory.max(calibration_bytes(&module, tokens));
         }
         if let Some(c2) = s.pipeline.0.iter().find(|c| c.name == "affine") {
@@ -293,7 +291,7 @@ fn calibration_flops(m: &Module, pipeline: &Pipeline, tokens: u64, seqlen: u64) 
                 let mlp = h * h * (t + 2.0 / 3.0 * h + 3.0 * 2.0 * i) + i * i * (t + 2.0 / 3.0 * i + 3.0 * h);
                 forward + attn + out + mlp
             }
-            "smooth" | "static-keys" => forward,
+            "smooth" | "static-inputs" | "static-keys" => forward,
             // Forward and backward of every step, and two runs for the losses.
             "affine" => forward * (3.0 * option(c, "epochs") + 4.0),
             "clip-search" => 2.0 * forward + 10.0 * 2.0 * layer_weights(m) as f64 * 128.0,

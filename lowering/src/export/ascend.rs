@@ -2,6 +2,7 @@
 //! and a JSON that gives each tensor a type.
 
 mod folder;
+mod whole;
 
 use std::collections::HashMap;
 
@@ -10,6 +11,7 @@ use serde_json::{Map, json};
 
 use super::plan::{Plan, float_head, json_file, no_caches, scale_bytes, signed_codes};
 use super::rules::differing;
+use super::view::rounds;
 use super::{Entry, ExportError, Format, Linear, Part, View};
 use crate::artefact::Dtype;
 
@@ -29,19 +31,27 @@ enum Type {
     Float,
     W8A16,
     W8A8Dynamic,
+    W8A8,
     W4A4Dynamic,
     W4A4FlatQuantDynamic,
 }
 
 impl Type {
-    const ALL: [Type; 5] =
-        [Type::Float, Type::W8A16, Type::W8A8Dynamic, Type::W4A4Dynamic, Type::W4A4FlatQuantDynamic];
+    const ALL: [Type; 6] = [
+        Type::Float,
+        Type::W8A16,
+        Type::W8A8Dynamic,
+        Type::W8A8,
+        Type::W4A4Dynamic,
+        Type::W4A4FlatQuantDynamic,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Type::Float => "FLOAT",
             Type::W8A16 => "W8A16",
             Type::W8A8Dynamic => "W8A8_DYNAMIC",
+            Type::W8A8 => "W8A8",
             Type::W4A4Dynamic => "W4A4_DYNAMIC",
             Type::W4A4FlatQuantDynamic => "W4A4_FLATQUANT_DYNAMIC",
         }
@@ -54,15 +64,17 @@ impl Format for Ascend {
     }
 
     fn summary(&self) -> &'static str {
-        "msModelSlim's description: W8A16, W8A8 and W4A4 for each token, FlatQuant W4A4: vllm-ascend"
+        "msModelSlim's description: W8A16, W8A8, W4A4 for each token, FlatQuant W4A4: vllm-ascend"
     }
 
     fn sees(&self, op: &Op) -> bool {
-        matches!(op, Op::FakeQuant(..) | Op::ModeMul { .. })
+        rounds(op) || matches!(op, Op::ModeMul { .. })
     }
 
     fn nearest(&self, l: &Linear, src: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError> {
-        let fits = l.bits() == 4 || l.scales_fit(src, ScaleType::BF16, self.name()).is_ok();
+        let fits = l.bits() == 4
+            || l.input.whole().is_some()
+            || l.scales_fit(src, ScaleType::BF16, self.name()).is_ok();
         Ok((!fits).then(|| QuantSpec { scale: ScaleType::BF16, ..l.spec() }))
     }
 
@@ -75,9 +87,20 @@ impl Format for Ascend {
             .map(|l| Ok((l.name.as_str(), kind(l, src)?)))
             .collect::<Result<_, ExportError>>()?;
         fused(view, &types)?;
+        let biases = whole::biases(view);
+        let whole = types.values().any(|t| *t == Type::W8A8);
+        for l in view
+            .linears()
+            .filter(|l| whole && matches!(types[l.name.as_str()], Type::W8A16 | Type::W8A8Dynamic))
+        {
+            l.scales_fit(src, ScaleType::BF16, self.name())?;
+        }
         let mut made = Vec::new();
         for e in &view.entries {
             match e {
+                Entry::Linear(l) if types[l.name.as_str()] == Type::W8A8 => {
+                    whole::linear(l, biases.get(l.name.as_str()).copied(), src, &mut made)?;
+                }
                 Entry::Linear(l) => linear(l, types[l.name.as_str()], src, &mut made)?,
                 // Biases of layers with codes are `f32` there.
                 Entry::Plain { stored, plan }
@@ -102,6 +125,9 @@ impl Format for Ascend {
         description.insert("optional".into(), json!({}));
         let text = json_file(&description.into())?;
         let mut notes = Vec::new();
+        if biases.keys().any(|m| types[m] == Type::W8A8) {
+            notes.push("biases of W8A8 layers are rounded to whole multiples of deq_scale".to_owned());
+        }
         let flat = |l: &&Linear| types[l.name.as_str()] == Type::W4A4FlatQuantDynamic;
         if view.linears().filter(flat).any(|l| pair_of(l.cols).is_ok_and(|s| s.1 > OLD_SIDE)) {
             notes.push(format!("matrices of more than {OLD_SIDE} rows need CANN 8.5"));
@@ -109,7 +135,8 @@ impl Format for Ascend {
         Ok(Plan {
             stem: "quant_model_weights",
             parts: made,
-            compute: None,
+            // The loader rounds the scales of inputs to this type, and takes the form of deq_scale from it.
+            compute: whole.then_some(ScaleType::BF16),
             quantization: None,
             files: vec![("quant_model_description.json".to_owned(), text)],
             notes,
@@ -139,12 +166,19 @@ fn kind(l: &Linear, src: &dyn WeightSource) -> Result<Type, ExportError> {
             ),
         };
     };
+    if l.input.whole().is_some() {
+        return match (spec.bits, x.bits) {
+            (8, 8) => whole::checked(l, src).map(|()| Type::W8A8),
+            (w, a) => bad(format!("W{w}A{a} with one calibrated scale of inputs"), "W8A8 has a type"),
+        };
+    }
     if x.grain != Grain::Token || x.zero || !x.signed {
         return bad(
             format!(
-                "its input is rounded to {x}; the NPU rounds each token to signed codes without zero points"
+                "its input is rounded to {x}; the NPU rounds each token, or all by one calibrated scale, to signed codes \
+                 without zero points"
             ),
-            "compile for activations with sym",
+            "compile for activations with sym, or with static-inputs",
         );
     }
     if (spec.bits, x.bits, l.input.matrices.is_empty()) == (4, 4, false) {

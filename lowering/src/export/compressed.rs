@@ -1,5 +1,5 @@
 //! compressed-tensors (methods.md §10.4): `pack-quantized` for weights alone, `int-quantized` where inputs are rounded for
-//! each token.
+//! each token, or by one calibrated scale.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +19,7 @@ impl Format for CompressedTensors {
     }
 
     fn summary(&self) -> &'static str {
-        "weights of W2 to W8, and W8A8 for each token: vLLM, transformers"
+        "weights of W2 to W8, W8A8 for each token or by calibrated scales: vLLM, transformers"
     }
 
     fn nearest(&self, _: &Linear, _: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError> {
@@ -56,6 +56,11 @@ impl Format for CompressedTensors {
                 let all = l.scales(src)?;
                 Ok(put(&scale_bytes(&all[..scales.iter().product()], scale)?)?)
             }));
+            if let Some(x) = l.input.whole() {
+                out.push(Part::of(l, "input_scale", dtype(x.scale), vec![1], move |src, put| {
+                    Ok(put(&scale_bytes(&l.input.scales(src)?, x.scale)?)?)
+                }));
+            }
             Ok(())
         })?;
         let single = groups.len() == 1;
@@ -103,6 +108,12 @@ fn scheme(l: &Linear) -> Result<Value, ExportError> {
     }
     let input = match l.input.spec {
         None => Value::Null,
+        Some(x) if l.input.whole().is_some() => {
+            json!({
+                "num_bits": x.bits, "type": "int", "symmetric": true, "strategy": "tensor", "dynamic": false,
+                "group_size": null, "actorder": null, "observer": "minmax", "block_structure": null,
+            })
+        }
         Some(x) if x.grain == Grain::Token && l.input.matrices.is_empty() => {
             json!({
                 "num_bits": x.bits, "type": "int", "symmetric": !x.zero, "strategy": "token", "dynamic": true,
@@ -111,7 +122,8 @@ fn scheme(l: &Linear) -> Result<Value, ExportError> {
         }
         Some(x) => {
             return Err(ExportError::illegal(format!(
-                "{}: its input is rounded to {x}; compressed-tensors rounds each token by its own range",
+                "{}: its input is rounded to {x}; compressed-tensors rounds each token by its own range, \
+                 or all by one calibrated scale",
                 l.name
             ))
             .hint("compile with --tp 1, or run the artefact with qrmc"));

@@ -53,10 +53,31 @@ impl Bound {
 pub struct Rounding {
     /// How it is rounded, if it is.
     pub spec: Option<QuantSpec>,
+    /// Stored name of the scales, where these were calibrated; they are computed from the value otherwise.
+    pub scale: Option<String>,
     /// Factors of the range of rounding, upper before lower, where it has some.
     pub bounds: Vec<Bound>,
     /// Small matrices that it is multiplied by before, last first: stored name, and elements inside the multiplied axis.
     pub matrices: Vec<(String, u64)>,
+}
+
+impl Rounding {
+    /// The calibrated scales.
+    ///
+    /// # Errors
+    /// If there are none, or they cannot be read.
+    pub(super) fn scales(&self, src: &dyn WeightSource) -> Result<Vec<f32>, ExportError> {
+        let name = self.scale.as_deref().ok_or_else(|| ExportError::fault("scales that are not stored"))?;
+        let t = src.read(name)?;
+        let v = t.as_f32().map(<[f32]>::to_vec);
+        v.ok_or_else(|| ExportError::fault(format!("`{name}` holds no floats")))
+    }
+
+    /// The scheme, if it is signed codes with one calibrated scale for the whole tensor, of a value that is as it was.
+    pub(super) fn whole(&self) -> Option<QuantSpec> {
+        let plain = self.scale.is_some() && self.matrices.is_empty();
+        self.spec.filter(|x| plain && x.grain == Grain::Tensor && x.signed && !x.zero)
+    }
 }
 
 /// A linear layer with codes.

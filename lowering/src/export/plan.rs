@@ -3,6 +3,7 @@
 use qrmc_ir::{Elem, Op, QuantSpec, ScaleType, WeightSource};
 use serde_json::{Map, Value};
 
+use super::view::rounds;
 use super::{Entry, ExportError, HEAD, Linear, View};
 use crate::artefact::{ArtefactError, Dtype, StoredTensor, TensorPlan};
 
@@ -145,7 +146,7 @@ pub trait Format: Sync {
 
     /// Whether the format has a place for an operation that is not in the source's graph. Rounding has one in most.
     fn sees(&self, op: &Op) -> bool {
-        matches!(op, Op::FakeQuant(..))
+        rounds(op)
     }
 
     /// The scheme nearest to that of a linear layer which the format holds exactly, if what it has does not fit.

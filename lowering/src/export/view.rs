@@ -11,6 +11,11 @@ use crate::artefact::TensorPlan;
 /// Name of the head's matrix in an ordinary checkpoint.
 pub const HEAD: &str = "lm_head";
 
+/// Whether an operation is part of rounding a value.
+pub fn rounds(op: &Op) -> bool {
+    matches!(op, Op::FakeQuant(..) | Op::QCast(_) | Op::DCast)
+}
+
 /// What a tensor of the graph is in a checkpoint.
 #[derive(Clone, Debug)]
 pub enum Entry {
@@ -51,9 +56,10 @@ impl View {
     /// then what loads the source loads the export, and computes the same function.
     ///
     /// # Errors
-    /// If the graph became another one, or a tensor has no place in a checkpoint.
+    /// If the graph became another one, a tensor has no place in a checkpoint, or a value is rounded that is neither the
+    /// operand of a product nor what enters a cache.
     pub fn of(packed: &Module, source: &Module) -> Result<Self, ExportError> {
-        View::through(packed, source, &|op| matches!(op, Op::FakeQuant(..)))
+        View::through(packed, source, &rounds)
     }
 
     /// As [`View::of`], where the operations are left out for which `through` says yes. The first operand of each takes
@@ -78,7 +84,7 @@ impl View {
         }
         let parted = parted_head(packed, source);
         let mut inputs = Inputs::default();
-        packed.funcs.iter().for_each(|f| inputs.read(packed, f, through));
+        packed.funcs.iter().try_for_each(|f| inputs.read(packed, f, through))?;
         let find = |op: fn(&Op) -> bool| {
             source.funcs.iter().flat_map(|f| &f.nodes).find(|n| op(&n.op)).map(|n| &n.op)
         };
@@ -112,6 +118,12 @@ impl View {
             }
             let module = name.strip_suffix(".weight").unwrap_or(&name).to_owned();
             let Elem::Quant(spec) = w.ty.elem else {
+                if let Some(x) = inputs.products.get(&w.name).and_then(|r| r.spec) {
+                    return Err(ExportError::illegal(format!(
+                        "{module}: its input is rounded to {x}, and its weight has no codes"
+                    ))
+                    .hint("round both, or leave the layer out of both with skip"));
+                }
                 let plan = TensorPlan { name, ty: w.ty.clone() };
                 v.entries.push(Entry::Plain { stored: w.name.clone(), plan });
                 continue;
@@ -184,30 +196,54 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn read(&mut self, module: &Module, f: &Func, through: &dyn Fn(&Op) -> bool) {
+    fn read(&mut self, module: &Module, f: &Func, through: &dyn Fn(&Op) -> bool) -> Result<(), ExportError> {
         let weight = |v: ValueId| f.weight_behind(v).map(|w| module.weight(w).name.clone());
+        let derived = f.weight_derived();
+        let mut seen = HashSet::new();
         for n in &f.nodes {
-            if through(&n.op) {
+            if through(&n.op) && !derived[n.outs[0].0 as usize] {
                 self.operands.extend(n.ins[1..].iter().filter_map(|&v| weight(v)));
             }
             match n.op {
                 Op::MatMul { .. } => {
                     if let Some(w) = weight(n.ins[1]) {
-                        self.products.insert(w, rounding(module, f, n.ins[0], through));
+                        self.products.insert(w, rounding(module, f, n.ins[0], through, &mut seen));
                     }
                 }
                 Op::CacheAppend => {
-                    let spec = rounding(module, f, n.ins[1], through).spec;
+                    let spec = rounding(module, f, n.ins[1], through, &mut seen).spec;
                     self.caches.extend(spec.filter(|s| !self.caches.contains(s)));
                 }
                 _ => {}
             }
         }
+        let unseen = f.nodes.iter().find_map(|n| match n.op {
+            Op::FakeQuant(spec, _) | Op::QCast(spec) if through(&n.op) => {
+                let v = n.outs[0];
+                (!derived[v.0 as usize] && !seen.contains(&v)).then_some((n.ins[0], spec))
+            }
+            _ => None,
+        });
+        let Some((x, spec)) = unseen else { return Ok(()) };
+        Err(ExportError::illegal(format!(
+            "@{}: {} is rounded to {spec} where no checkpoint has a place for it: not as the input of a linear layer, \
+             and not as what enters a cache",
+            f.name,
+            f.show(x)
+        ))
+        .hint("compile without it (keys before their positions, say), or run the artefact with qrmc"))
     }
 }
 
-/// What is done to a value before it is used: rounding, and before that products with small matrices.
-fn rounding(module: &Module, f: &Func, mut v: ValueId, through: &dyn Fn(&Op) -> bool) -> Rounding {
+/// What is done to a value before it is used: rounding, and before that products with small matrices. The rounding that
+/// it tells of goes to `seen`.
+fn rounding(
+    module: &Module,
+    f: &Func,
+    mut v: ValueId,
+    through: &dyn Fn(&Op) -> bool,
+    seen: &mut HashSet<ValueId>,
+) -> Rounding {
     let mut out = Rounding::default();
     while let Some(n) = f.def_node(v).filter(|n| through(&n.op)) {
         let weight = |v: &ValueId| f.weight_behind(*v).map(|w| module.weight(w).name.clone());
@@ -217,9 +253,16 @@ fn rounding(module: &Module, f: &Func, mut v: ValueId, through: &dyn Fn(&Op) -> 
             (None, _) => Bound::Given(Vec::new()),
         };
         match n.op {
-            Op::FakeQuant(spec, _) => {
+            Op::FakeQuant(spec, _) if out.spec.is_none() => {
+                seen.insert(v);
                 out.spec = Some(spec);
                 out.bounds = n.ins[1..].iter().map(bound).collect();
+            }
+            // Scales that are computed have a place with `fake_quant` alone.
+            Op::QCast(spec) if out.spec.is_none() && n.ins[1..].iter().all(|v| weight(v).is_some()) => {
+                seen.insert(v);
+                out.spec = Some(spec);
+                out.scale = weight(&n.ins[1]);
             }
             Op::ModeMul { inner } => {
                 out.matrices.extend(n.ins[1..].iter().filter_map(weight).map(|name| (name, inner)));

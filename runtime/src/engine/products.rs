@@ -92,13 +92,23 @@ pub(super) fn linear(
 ) -> Result<(), EngineError> {
     let k = ins[0].shape.last().copied().unwrap_or(1);
     let run = |spec: QuantSpec| if let Grain::Group(g) = spec.grain { g as usize } else { k };
+    // Rows of a tensor with one scale have it each.
+    let rows = ins[0].shape.iter().product::<usize>() / k.max(1);
+    let shared = match elem {
+        Elem::Quant(QuantSpec { grain: Grain::Tensor, .. }) => Some(vec![ins[1].widened()?[0]; rows]),
+        _ => None,
+    };
     let side = match (elem, ins[0].data()?) {
         (Elem::Quant(spec), Slice::U8(codes)) => {
             let (scales, zeros) = (ins[1].f32()?, ins[2].u8()?);
             Side::Unsigned { codes, bits: spec.bits, scales, zeros, run: run(spec) }
         }
         (Elem::Quant(spec), Slice::I8(codes)) => {
-            Side::Signed { codes, scales: ins[1].f32()?, run: run(spec) }
+            let scales = match &shared {
+                Some(scales) => &scales[..],
+                None => ins[1].f32()?,
+            };
+            Side::Signed { codes, scales, run: run(spec) }
         }
         _ => Side::Floats(ins[0].f32()?),
     };

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use qrmc_frontends::hf::SafetensorsFile;
 use qrmc_ir::{Module, Op};
 use qrmc_lowering::export::rules::{Fault, RUNTIMES, Runtime};
-use qrmc_lowering::export::{View, ascend};
+use qrmc_lowering::export::{View, ascend, rounds};
 use serde_json::{Value, json};
 
 use crate::cli::CheckArgs;
@@ -135,7 +135,7 @@ fn format(model: &Model) -> Result<&'static str, Failure> {
 }
 
 fn view(packed: &Module, source: &Module) -> Result<View, Failure> {
-    Ok(View::through(packed, source, &|op| matches!(op, Op::FakeQuant(..) | Op::ModeMul { .. }))?)
+    Ok(View::through(packed, source, &|op| rounds(op) || matches!(op, Op::ModeMul { .. }))?)
 }
 
 /// Refuses a compile for a runtime that would load its result in no format. `packed` is the materialised module as it

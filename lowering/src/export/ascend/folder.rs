@@ -48,7 +48,7 @@ pub fn faults(
         match Type::ALL.into_iter().find(|t| t.name() == kind) {
             None => out.push(Fault::new(
                 format!("{module}: type `{kind}`"),
-                "qrmc writes FLOAT, W8A16, W8A8_DYNAMIC, W4A4_DYNAMIC, W4A4_FLATQUANT_DYNAMIC",
+                "qrmc writes FLOAT, W8A16, W8A8_DYNAMIC, W8A8, W4A4_DYNAMIC, W4A4_FLATQUANT_DYNAMIC",
             )),
             Some(kind) => out.extend(layer(&module, kind, &shape, tensors, ranks)),
         }
@@ -77,6 +77,14 @@ fn layer(
     let mut want: Vec<(&str, Elem, Vec<usize>)> = Vec::new();
     if kind != Type::Float {
         want.push(("weight", Elem::I8, vec![rows, cols]));
+    }
+    if kind == Type::W8A8 {
+        // Of a model in bf16; `deq_scale` of one in f16 is 64 bits wide.
+        want.push(("input_scale", Elem::F32, vec![1]));
+        want.push(("input_offset", Elem::F32, vec![1]));
+        want.push(("deq_scale", Elem::F32, vec![rows]));
+        want.push(("quant_bias", Elem::I32, vec![rows]));
+    } else if kind != Type::Float {
         want.push(("weight_scale", Elem::F32, vec![rows, 1]));
         want.push(("weight_offset", Elem::F32, vec![rows, 1]));
     }

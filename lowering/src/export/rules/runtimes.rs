@@ -141,11 +141,13 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
         (bits, _) => Some((format!("weights of {bits} bits alone"), "W8A16, W8A8 and W4A4 load")),
     }));
     out.extend(c.each(|l| {
-        let fits =
-            |x: &qrmc_ir::QuantSpec| x.signed && !x.zero && x.grain == Grain::Token && x.bits == l.bits();
+        let fits = |x: &qrmc_ir::QuantSpec| {
+            let grain = x.grain == Grain::Token || l.input.whole().is_some() && x.bits == 8;
+            x.signed && !x.zero && grain && x.bits == l.bits()
+        };
         let x = l.input.spec.filter(|x| !fits(x))?;
-        let hint =
-            "inputs are rounded for each token to as many bits as weights, without zero points (a_sym=true)";
+        let hint = "inputs are rounded for each token to as many bits as weights, without zero points (a_sym=true), or \
+                    to 8 bits by static-inputs";
         Some((format!("its input is rounded to {x}"), hint))
     }));
     out.extend(c.each(|l| {
@@ -153,7 +155,8 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
         clip.then(|| ("its input has a clip of its range".to_owned(), "compile without a_clip"))
     }));
     out.extend(c.each(|l| {
-        let wide = l.bits() == 8 && l.spec().scale == ScaleType::F32;
+        let scale = l.input.whole().unwrap_or(l.spec()).scale;
+        let wide = l.bits() == 8 && scale == ScaleType::F32;
         wide.then(|| ("scales of f32, which it rounds".to_owned(), "compile with scale=bf16"))
     }));
     if c.ranks > 1 {
