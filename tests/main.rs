@@ -24,6 +24,7 @@ mod quantized_hostile;
 mod resume;
 mod roundtrip;
 mod run;
+mod static_caches;
 mod static_inputs;
 mod support;
 mod targets;

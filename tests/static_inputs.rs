@@ -15,7 +15,7 @@ use crate::passes::{compile, windows};
 use crate::run::{ok, run};
 use crate::support::{Source, TINY, data, import};
 
-const MODEL: &str = "fixtures/qwen2-bias-tied";
+pub(crate) const MODEL: &str = "fixtures/qwen2-bias-tied";
 
 /// The inputs that have codes: their scheme, the name of their scale, and how many linear layers read each.
 fn coded(unit: &Unit, at: usize) -> Vec<(QuantSpec, String, usize)> {
@@ -32,35 +32,51 @@ fn coded(unit: &Unit, at: usize) -> Vec<(QuantSpec, String, usize)> {
     out
 }
 
-/// The largest magnitude of each input of linear layers of each layer of a float model, by the interpreter.
-fn largest(calibration: &Calibration) -> Vec<Vec<f32>> {
+/// Values of each layer of a float model on each window, by the interpreter: `each` gets the layer, and what `wanted` says.
+pub(crate) fn walk(
+    calibration: &Calibration,
+    wanted: impl Fn(&Func) -> Vec<ValueId>,
+    mut each: impl FnMut(usize, &[Tensor]),
+) {
     let model = import(MODEL);
     let (m, source) = (model.module, Source(model.source.weights));
     let width = (m.facts.kv_heads * m.facts.head_dim) as usize;
     let embed = m.func(m.find_func("embed").unwrap());
-    let mut out: Vec<Vec<f32>> = vec![Vec::new(); m.layers().len()];
     for w in &calibration.windows {
         let ids = Tensor::i32([1, w.len()], w.clone());
         let mut x = interp::run(&m, embed, &source, &[ids], &embed.results).unwrap().remove(0);
-        for (most, layer) in out.iter_mut().zip(m.layers()) {
+        for (at, layer) in m.layers().into_iter().enumerate() {
             let f = m.func(layer);
-            let mut wanted: Vec<ValueId> = Vec::new();
-            for n in f.nodes.iter().filter(|n| n.op == Op::MatMul { trans_b: true }) {
-                if f.weight_behind(n.ins[1]).is_some() && !wanted.contains(&n.ins[0]) {
-                    wanted.push(n.ins[0]);
-                }
-            }
-            most.resize(wanted.len(), 0.0);
+            let mut wanted = wanted(f);
             wanted.push(f.results[0]);
             let empty = Tensor::zeros([1, 0, width]);
             let args = [x, Tensor::i32([w.len()], (0..w.len() as i32).collect()), empty.clone(), empty];
             let mut values = interp::run(&m, f, &source, &args, &wanted).unwrap();
             x = values.pop().unwrap();
-            for (most, t) in most.iter_mut().zip(&values) {
-                *most = t.as_f32().unwrap().iter().fold(*most, |m, v| m.max(v.abs()));
-            }
+            each(at, &values);
         }
     }
+}
+
+/// The largest magnitude of each input of linear layers of each layer of a float model.
+fn largest(calibration: &Calibration) -> Vec<Vec<f32>> {
+    let mut out: Vec<Vec<f32>> = Vec::new();
+    let inputs = |f: &Func| {
+        let mut wanted: Vec<ValueId> = Vec::new();
+        for n in f.nodes.iter().filter(|n| n.op == Op::MatMul { trans_b: true }) {
+            if f.weight_behind(n.ins[1]).is_some() && !wanted.contains(&n.ins[0]) {
+                wanted.push(n.ins[0]);
+            }
+        }
+        wanted
+    };
+    walk(calibration, inputs, |at, values| {
+        out.resize(out.len().max(at + 1), Vec::new());
+        out[at].resize(values.len(), 0.0);
+        for (most, t) in out[at].iter_mut().zip(values) {
+            *most = t.as_f32().unwrap().iter().fold(*most, |m, v| m.max(v.abs()));
+        }
+    });
     out
 }
 
@@ -97,14 +113,14 @@ fn what_is_left_out_stays_for_annotate() {
 }
 
 /// Compiles the shipped model on little text.
-fn compiled(d: &Path, pass: &str, out: &str) {
+pub(crate) fn compiled(d: &Path, pass: &str, out: &str) {
     let (model, text) = (data(TINY), data("wikitext-2-train-sample.txt"));
     let args = ["compile", model.to_str().unwrap(), "--pass", pass, "--calib", text.to_str().unwrap()];
     ok(d, &[&args[..], &["--nsamples", "2", "--seqlen", "64", "-o", out]].concat());
 }
 
 /// Values and shape of a tensor of a file.
-fn get(file: &Path, name: &str) -> (Vec<f64>, Vec<usize>) {
+pub(crate) fn get(file: &Path, name: &str) -> (Vec<f64>, Vec<usize>) {
     let bytes = std::fs::read(file).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let view = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));

@@ -22,7 +22,7 @@ use qrmc_ir::WeightError;
 pub use fake::Fake;
 pub use linear::{Bound, Codes, Linear, Parts, Rounding};
 pub use plan::{Format, Part, Plan, Put};
-pub use view::{Entry, HEAD, View, rounds};
+pub use view::{Entry, HEAD, Kept, View, rounds};
 
 use crate::artefact::ArtefactError;
 

@@ -34,7 +34,7 @@ options! {
         a_sym: bool = false,
         /// factor on the range of activations
         a_clip: f64 = 1.0,
-        /// bits of cached keys and values, one scale a token and head
+        /// bits of cached keys and values, one scale a token and head; those that `static-caches` has rounded stay
         kv: CacheWidth = CacheWidth(16),
         /// factor on the range of cached keys and values
         kv_clip: f64 = 1.0,
@@ -186,7 +186,7 @@ impl Marked {
     }
 }
 
-/// Whether the input of linear layers has codes already.
+/// Whether a value has codes already.
 fn coded(f: &Func, x: ValueId) -> bool {
     f.def_node(x).is_some_and(|n| n.op == Op::DCast)
 }
@@ -221,8 +221,11 @@ pub(crate) fn annotate(
         }
     });
     let caches = caches(f);
-    let targets: Vec<ValueId> =
-        caches.iter().filter(|c| (o.keys || !c.keys) && cached.is_some()).map(|c| c.target).collect();
+    let targets: Vec<ValueId> = caches
+        .iter()
+        .filter(|c| (o.keys || !c.keys) && cached.is_some() && !coded(f, c.target))
+        .map(|c| c.target)
+        .collect();
     let mut marked: Vec<(ValueId, Marked)> = Vec::new();
     let mut done: Vec<((ValueId, bool), ValueId)> = Vec::new();
     rewrite(module, f, |b, node, ins| {

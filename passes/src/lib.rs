@@ -25,6 +25,7 @@ mod rtn;
 mod scale;
 mod skip;
 mod smooth;
+mod static_caches;
 mod static_inputs;
 mod static_keys;
 mod unit;

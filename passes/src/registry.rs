@@ -13,6 +13,7 @@ use crate::rotate::{Rotate, RotateOptions};
 use crate::rtn::{Rtn, RtnOptions};
 use crate::scale::{Scale, ScaleOptions};
 use crate::smooth::{Smooth, SmoothOptions};
+use crate::static_caches::{StaticCaches, StaticCachesOptions};
 use crate::static_inputs::{StaticInputs, StaticInputsOptions};
 use crate::static_keys::{StaticKeys, StaticKeysOptions};
 
@@ -42,7 +43,7 @@ macro_rules! entry {
 }
 
 /// All passes, in the order of the documentation.
-pub const PASSES: [PassEntry; 13] = [
+pub const PASSES: [PassEntry; 14] = [
     entry!(FuseNorm, FuseNormOptions),
     entry!(Rotate, RotateOptions),
     entry!(Smooth, SmoothOptions),
@@ -53,6 +54,7 @@ pub const PASSES: [PassEntry; 13] = [
     entry!(Annotate, AnnotateOptions),
     entry!(StaticInputs, StaticInputsOptions),
     entry!(StaticKeys, StaticKeysOptions),
+    entry!(StaticCaches, StaticCachesOptions),
     entry!(ClipSearch, ClipSearchOptions),
     entry!(Rtn, RtnOptions),
     entry!(Gptq, GptqOptions),

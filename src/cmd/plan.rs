@@ -135,7 +135,7 @@ pub(crate) fn estimate(model: &Model, s: &Settings, engine: &CpuEngine) -> Resul
             memory = memory.max(gptq_bytes(&module, tokens));
         }
         let any = |names: &[&str]| s.pipeline.0.iter().any(|c| names.contains(&c.name.as_str()));
-        if any(&["scale", "clip-search", "smooth", "static-inputs", "static-keys"]) {
+        if any(&["scale", "clip-search", "smooth", "static-inputs", "static-keys", "static-caches"]) {
             memory = memory.max(calibration_bytes(&module, tokens));
         }
         if let Some(c2) = s.pipeline.0.iter().find(|c| c.name == "affine") {
@@ -291,7 +291,7 @@ fn calibration_flops(m: &Module, pipeline: &Pipeline, tokens: u64, seqlen: u64) 
                 let mlp = h * h * (t + 2.0 / 3.0 * h + 3.0 * 2.0 * i) + i * i * (t + 2.0 / 3.0 * i + 3.0 * h);
                 forward + attn + out + mlp
             }
-            "smooth" | "static-inputs" | "static-keys" => forward,
+            "smooth" | "static-inputs" | "static-keys" | "static-caches" => forward,
             // Forward and backward of every step, and two runs for the losses.
             "affine" => forward * (3.0 * option(c, "epochs") + 4.0),
             "clip-search" => 2.0 * forward + 10.0 * 2.0 * layer_weights(m) as f64 * 128.0,

@@ -1,6 +1,7 @@
 //! The description format of vllm-ascend and msModelSlim (methods.md §10.5, ascend.md §5): safetensors with one code a byte,
 //! and a JSON that gives each tensor a type.
 
+mod caches;
 mod folder;
 mod whole;
 
@@ -9,7 +10,7 @@ use std::collections::HashMap;
 use qrmc_ir::{Elem, Grain, Op, QuantSpec, ScaleType, WeightSource};
 use serde_json::{Map, json};
 
-use super::plan::{Plan, float_head, json_file, no_caches, scale_bytes, signed_codes};
+use super::plan::{Plan, float_head, json_file, scale_bytes, signed_codes};
 use super::rules::differing;
 use super::view::rounds;
 use super::{Entry, ExportError, Format, Linear, Part, View};
@@ -20,6 +21,7 @@ const SIDE: usize = 256;
 /// The same up to CANN 8.3.
 const OLD_SIDE: usize = 128;
 
+pub(super) use caches::fits as fits_cache;
 pub use folder::faults;
 
 /// See the module.
@@ -79,7 +81,7 @@ impl Format for Ascend {
     }
 
     fn plan<'a>(&self, view: &'a View, src: &dyn WeightSource) -> Result<Plan<'a>, ExportError> {
-        no_caches(view, self.name())?;
+        let cached = caches::checked(view, src)?;
         float_head(view, self.name())?;
         view.first()?;
         let types: HashMap<&str, Type> = view
@@ -89,10 +91,9 @@ impl Format for Ascend {
         fused(view, &types)?;
         let biases = whole::biases(view);
         let whole = types.values().any(|t| *t == Type::W8A8);
-        for l in view
-            .linears()
-            .filter(|l| whole && matches!(types[l.name.as_str()], Type::W8A16 | Type::W8A8Dynamic))
-        {
+        for l in view.linears().filter(|l| {
+            (whole || cached) && matches!(types[l.name.as_str()], Type::W8A16 | Type::W8A8Dynamic)
+        }) {
             l.scales_fit(src, ScaleType::BF16, self.name())?;
         }
         let mut made = Vec::new();
@@ -111,16 +112,22 @@ impl Format for Ascend {
                 Entry::Plain { stored, plan } => made.push(Part::copy(stored, plan)),
             }
         }
+        caches::parts(view, &mut made);
         let mut description = Map::new();
         for name in made.iter().map(|p| &p.tensor.name) {
             let (module, part) = name.rsplit_once('.').unwrap_or((name, ""));
             let kind = types.get(module).filter(|_| part != "bias").copied().unwrap_or(Type::Float);
-            description.insert(name.clone(), kind.name().into());
+            let kind = if part.starts_with("kv_cache_") { caches::KIND } else { kind.name() };
+            description.insert(name.clone(), kind.into());
         }
         let highest = types.values().copied().max().unwrap_or(Type::Float);
         description.insert("version".into(), "1.0.0".into());
         description.insert("model_quant_type".into(), highest.name().into());
         description.insert("group_size".into(), json!(0));
+        if cached {
+            description.insert("kv_cache_type".into(), caches::KIND.into());
+            description.insert("kv_quant_type".into(), caches::KIND.into());
+        }
         description.insert("metadata".into(), json!({}));
         description.insert("optional".into(), json!({}));
         let text = json_file(&description.into())?;
@@ -135,8 +142,8 @@ impl Format for Ascend {
         Ok(Plan {
             stem: "quant_model_weights",
             parts: made,
-            // The loader rounds the scales of inputs to this type, and takes the form of deq_scale from it.
-            compute: whole.then_some(ScaleType::BF16),
+            // The loader rounds the scales of inputs and caches to this type, and takes the form of deq_scale from it.
+            compute: (whole || cached).then_some(ScaleType::BF16),
             quantization: None,
             files: vec![("quant_model_description.json".to_owned(), text)],
             notes,

@@ -39,6 +39,15 @@ impl<'a> Part<'a> {
         Part { tensor, from, make: Box::new(make) }
     }
 
+    /// A tensor whose bytes `make` hands on, in order, from one that is stored.
+    pub(super) fn made(
+        tensor: StoredTensor,
+        stored: &'a str,
+        make: impl Fn(&dyn WeightSource, &mut Put<'_>) -> Result<(), ExportError> + 'a,
+    ) -> Self {
+        Part { tensor, from: vec![stored], make: Box::new(make) }
+    }
+
     /// A tensor as it is stored.
     pub(super) fn copy(stored: &'a str, plan: &TensorPlan) -> Self {
         let make = move |src: &dyn WeightSource, put: &mut Put<'_>| {

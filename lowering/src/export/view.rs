@@ -30,6 +30,17 @@ pub enum Entry {
     },
 }
 
+/// A cache whose scales were calibrated.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Kept {
+    /// Name of the module that makes what is kept, such as `model.layers.0.self_attn.k_proj`.
+    pub module: String,
+    /// The scheme.
+    pub spec: QuantSpec,
+    /// Stored name of the scales.
+    pub scale: String,
+}
+
 /// A graph that is the source's but for what is rounded, seen as a checkpoint.
 #[derive(Clone, Debug)]
 pub struct View {
@@ -41,6 +52,8 @@ pub struct View {
     pub untied: bool,
     /// How what enters the caches is rounded, each different one once.
     pub caches: Vec<QuantSpec>,
+    /// The caches whose scales were calibrated.
+    pub kept: Vec<Kept>,
     /// Rotary embedding.
     pub rope: RopeAttr,
     /// Epsilon of the norms.
@@ -100,6 +113,7 @@ impl View {
             entries: Vec::new(),
             untied: parted.is_some(),
             caches: inputs.caches,
+            kept: inputs.kept,
             float: Vec::new(),
         };
         for w in packed.weights() {
@@ -191,6 +205,7 @@ struct Inputs {
     /// By the stored name of a product's weight.
     products: HashMap<String, Rounding>,
     caches: Vec<QuantSpec>,
+    kept: Vec<Kept>,
     /// Weights that only rounding and what was left out read.
     operands: HashSet<String>,
 }
@@ -211,8 +226,19 @@ impl Inputs {
                     }
                 }
                 Op::CacheAppend => {
-                    let spec = rounding(module, f, n.ins[1], through, &mut seen).spec;
-                    self.caches.extend(spec.filter(|s| !self.caches.contains(s)));
+                    let r = rounding(module, f, n.ins[1], through, &mut seen);
+                    self.caches.extend(r.spec.filter(|s| !self.caches.contains(s)));
+                    let layer = module.layers().iter().position(|l| module.func(*l).name == f.name);
+                    // A layer takes the stream, positions, cached keys and cached values.
+                    let what = [(2, "k_proj"), (3, "v_proj")]
+                        .into_iter()
+                        .find(|(p, _)| f.params.get(*p) == Some(&n.ins[0]));
+                    if let (Some(spec), Some(scale), Some(i), Some((_, what))) =
+                        (r.spec, r.scale, layer, what)
+                    {
+                        let name = format!("model.layers.{i}.self_attn.{what}");
+                        self.kept.push(Kept { module: name, spec, scale });
+                    }
                 }
                 _ => {}
             }

@@ -116,7 +116,10 @@ impl<'a> State<'a, '_> {
         let m = &*self.loaded.machine;
         let operand = |i: usize| self.operand(step.ins[i].0, &step.ins[i].1);
         let channels = match form.spec.grain {
-            Grain::Channel => Some((operand(2)?.widened()?, operand(3)?.u8()?)),
+            Grain::Channel => {
+                let zeros = if form.spec.zero { Some(operand(3)?.u8()?) } else { None };
+                Some((operand(2)?.widened()?, zeros))
+            }
             _ => None,
         };
         let turns = |attr| m.turns.of(attr, &[segments.furthest()]);

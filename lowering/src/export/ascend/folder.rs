@@ -53,11 +53,68 @@ pub fn faults(
             Some(kind) => out.extend(layer(&module, kind, &shape, tensors, ranks)),
         }
     }
+    out.extend(cached(description, tensors, source));
     for parts in differing(source.facts.layers, |name| types.get(name)) {
         let what = format!("{parts} run as one module and differ in type");
         out.push(Fault::new(what, "give them the same type"));
     }
     out
+}
+
+/// The tensors that caches with codes ask for.
+fn cached(
+    description: &Map<String, Value>,
+    tensors: &BTreeMap<String, TensorType>,
+    source: &Module,
+) -> Vec<Fault> {
+    let said = description.get("kv_cache_type").and_then(Value::as_str);
+    let stray = tensors.keys().find(|n| n.contains(".kv_cache_"));
+    match (said, stray) {
+        (None, None) => return Vec::new(),
+        (Some(super::caches::KIND), _) => {}
+        (None, Some(name)) => {
+            let what =
+                format!("tensor `{name}` is there, and quant_model_description.json has no `kv_cache_type`");
+            return vec![Fault::new(what, "write the folder again")];
+        }
+        (Some(other), _) => {
+            return vec![Fault::new(format!("`kv_cache_type` is `{other}`"), "qrmc writes C8")];
+        }
+    }
+    let facts = &source.facts;
+    let want = TensorType::new(Elem::F32, &[(facts.kv_heads * facts.head_dim) as usize][..]);
+    let mut out = Vec::new();
+    for layer in 0..facts.layers {
+        for part in [
+            "k_proj.kv_cache_scale",
+            "k_proj.kv_cache_offset",
+            "v_proj.kv_cache_scale",
+            "v_proj.kv_cache_offset",
+        ] {
+            out.extend(wanted(
+                &format!("model.layers.{layer}.self_attn.{part}"),
+                &want,
+                super::caches::KIND,
+                tensors,
+            ));
+        }
+    }
+    out
+}
+
+/// What is wrong with a tensor that a type asks for.
+fn wanted(name: &str, ty: &TensorType, kind: &str, tensors: &BTreeMap<String, TensorType>) -> Option<Fault> {
+    match tensors.get(name) {
+        Some(have) if have == ty => None,
+        Some(have) => {
+            let what = format!("tensor `{name}` is {have}; {kind} wants {ty}");
+            Some(Fault::new(what, "write the folder again, for these ranks"))
+        }
+        None => {
+            let what = format!("tensor `{name}` is missing; {kind} wants {ty}");
+            Some(Fault::new(what, "write the folder again"))
+        }
+    }
 }
 
 fn shape(source: &Module, weight: &str) -> Vec<usize> {
@@ -103,19 +160,8 @@ fn layer(
         }
     }
     for (suffix, elem, shape) in want {
-        let name = format!("{module}.{suffix}");
         let ty = TensorType::new(elem, shape.as_slice());
-        match tensors.get(&name) {
-            Some(have) if *have == ty => {}
-            Some(have) => {
-                let what = format!("tensor `{name}` is {have}; {} wants {ty}", kind.name());
-                out.push(Fault::new(what, "write the folder again, for these ranks"));
-            }
-            None => out.push(Fault::new(
-                format!("tensor `{name}` is missing; {} wants {ty}", kind.name()),
-                "write the folder again",
-            )),
-        }
+        out.extend(wanted(&format!("{module}.{suffix}"), &ty, kind.name(), tensors));
     }
     out
 }

@@ -5,6 +5,7 @@ use qrmc_ir::{Grain, ScaleType};
 
 use super::{Case, Cut, Fault, Runtime, cut};
 use crate::export::Linear;
+use crate::export::ascend::fits_cache;
 
 /// Every runtime whose rules are known, in the order of `qrmc targets`.
 pub const RUNTIMES: [&Runtime; 7] = [
@@ -127,9 +128,9 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
     }
     out.extend(c.fused());
     out.extend(c.head());
-    out.extend(c.view.caches.first().map(|spec| {
+    out.extend(c.view.caches.iter().find(|spec| !fits_cache(**spec)).map(|spec| {
         let what = format!("keys or values are cached as {spec}; its description has no such cache");
-        Fault::new(what, "compile with kv=16")
+        Fault::new(what, "compile with kv=16, or with static-caches for C8")
     }));
     out.extend(c.each(|l| {
         let spec = l.spec();

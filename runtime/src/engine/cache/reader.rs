@@ -14,13 +14,16 @@ pub(in crate::engine) enum Read<'a> {
     AddTurned(Cow<'a, [f32]>, Arc<Turns>, Option<usize>),
 }
 
+/// Scales of channels, and zero points if there are some.
+pub(in crate::engine) type Channels<'a> = (Cow<'a, [f32]>, Option<&'a [u8]>);
+
 /// The rows of a cache of codes, for those who read them.
 pub(in crate::engine) struct Reader<'a> {
     pub(in crate::engine) store: &'a KvStore,
     pub(in crate::engine) segments: &'a Segments<'a>,
     pub(in crate::engine) isa: Isa,
-    /// Where scales belong to channels: these, and the zero points.
-    pub(in crate::engine) channels: Option<(Cow<'a, [f32]>, &'a [u8])>,
+    /// Where scales belong to channels: these.
+    pub(in crate::engine) channels: Option<Channels<'a>>,
     pub(in crate::engine) reads: Vec<Read<'a>>,
     pub(in crate::engine) head_dim: usize,
     /// One thread: rows are read inside of a task.
@@ -70,11 +73,16 @@ impl Reader<'_> {
         cpu::weight::read_part(self.isa, &view, shape.width, head * d, d, out);
         if let Some((scales, zeros)) = &self.channels {
             let channels = head * d..(head + 1) * d;
+            let scales = &scales[channels.clone()];
+            let zeros = zeros.map(|z| &z[channels]);
             for row in out.chunks_exact_mut(d) {
-                for ((y, &s), &z) in
-                    row.iter_mut().zip(&scales[channels.clone()]).zip(&zeros[channels.clone()])
-                {
-                    *y = s * (*y - f32::from(z));
+                match zeros {
+                    Some(zeros) => {
+                        for ((y, &s), &z) in row.iter_mut().zip(scales).zip(zeros) {
+                            *y = s * (*y - f32::from(z));
+                        }
+                    }
+                    None => row.iter_mut().zip(scales).for_each(|(y, s)| *y *= s),
                 }
             }
         }
