@@ -125,7 +125,7 @@ fn quantized_exports_come_back_with_their_integers() {
         "gptq{bits=4,group=8,head=8}",
         "rtn{bits=8,group=row,sym=true,a=8,kv=8}",
         "annotate{w=8,group=row,sym=true,a=8,a_sym=true},rtn",
-        "static-inputs,annotate{w=8,group=row,sym=true},rtn",
+        "static-inputs,static-caches,annotate{w=8,group=row,sym=true},rtn",
         "smoothquant",
         "kvquant{bits=4}",
         "quarot",
