@@ -328,7 +328,7 @@ fn concat(ins: Types<'_>, axis: usize) -> Result<TensorType, String> {
 fn attention(ins: Types<'_>, attr: &AttnAttr) -> Result<TensorType, String> {
     let (q, k, v) = (ins[0], ins[1], ins[2]);
     let (h, g) = (attr.heads as usize, attr.kv_heads as usize);
-    if g == 0 || h % g != 0 {
+    if h == 0 || g == 0 || h % g != 0 {
         return Err(format!("{h} query heads do not share {g} key heads evenly"));
     }
     let width = |t: &TensorType| t.shape.last().and_then(Dim::fixed).filter(|_| t.shape.rank() == 3);
