@@ -11,6 +11,7 @@ pub mod hf;
 mod onnx;
 mod quantized;
 
+use std::fs::Metadata;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -47,14 +48,23 @@ pub struct Imported {
 /// # Errors
 /// If it is neither, or its headers do not hold together.
 pub fn open(path: &Path, integers: Integers) -> Result<Opened, ImportError> {
-    let meta = std::fs::metadata(path).map_err(|e| {
-        ImportError::io(path, "open", &e)
-            .hint("MODEL is a Hugging Face folder (with config.json), a GGUF file or an ONNX model")
-    })?;
+    let meta = metadata(path)?;
     if let Some(model) = onnx_model(path, &meta) {
         return Ok(onnx::import(&model, integers)?.source);
     }
+    open_tensors(path, &meta, integers)
+}
+
+/// Opens a checkpoint that holds tensors alone.
+fn open_tensors(path: &Path, meta: &Metadata, integers: Integers) -> Result<Opened, ImportError> {
     if meta.is_dir() { hf::open_folder(path, integers) } else { gguf::open_file(path, integers) }
+}
+
+fn metadata(path: &Path) -> Result<Metadata, ImportError> {
+    std::fs::metadata(path).map_err(|e| {
+        ImportError::io(path, "open", &e)
+            .hint("MODEL is a Hugging Face folder (with config.json), a GGUF file or an ONNX model")
+    })
 }
 
 /// The ONNX model that a path names: a file, or a folder that holds one and no other weights.
@@ -62,7 +72,7 @@ pub fn onnx_path(path: &Path) -> Option<PathBuf> {
     onnx_model(path, &std::fs::metadata(path).ok()?)
 }
 
-fn onnx_model(path: &Path, meta: &std::fs::Metadata) -> Option<PathBuf> {
+fn onnx_model(path: &Path, meta: &Metadata) -> Option<PathBuf> {
     if !meta.is_dir() {
         let mut start = [0; 4];
         std::fs::File::open(path).and_then(|mut f| f.read_exact(&mut start)).ok()?;
@@ -78,10 +88,11 @@ fn onnx_model(path: &Path, meta: &std::fs::Metadata) -> Option<PathBuf> {
 /// # Errors
 /// As [`open`]; also if the architecture is unknown or tensors and configuration contradict each other.
 pub fn import(path: &Path, integers: Integers) -> Result<Imported, ImportError> {
-    if let Some(model) = onnx_path(path) {
+    let meta = metadata(path)?;
+    if let Some(model) = onnx_model(path, &meta) {
         return onnx::import(&model, integers);
     }
-    let source = open(path, integers)?;
+    let source = open_tensors(path, &meta, integers)?;
     let config = read_config(path, &source.config)?;
     let module = decoder::build(path, &config, &*source.weights)?;
     Ok(Imported { module, source })

@@ -74,6 +74,40 @@ fn is_prime(n: u64) -> bool {
     n > 1 && (2..).take_while(|d| d * d <= n).all(|d| !n.is_multiple_of(d))
 }
 
+/// A Kronecker factor of a Hadamard matrix.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Factor {
+    /// Rows and columns.
+    pub size: u64,
+    /// Elements that a row steps over, as in [`crate::Op::ModeMul`].
+    pub inner: u64,
+    /// Entries ±1, row-major, as the mode product takes them.
+    pub entries: Vec<i8>,
+}
+
+/// The mode products that make up the transform of `block` channels, or its inverse, but for the norm: factors of up to 16 of
+/// the Walsh-Hadamard matrix, which is a Kronecker power, then the core. `None` if no matrix of this order can be built.
+pub fn factors(block: u64, inverse: bool) -> Option<Vec<Factor>> {
+    let k = core_order(block)?;
+    let core = core(k)?;
+    let mut out = Vec::new();
+    let mut inner = 1;
+    while inner < block / k {
+        let size = (block / k / inner).min(16);
+        let sign = |i: u64, j: u64| if (i & j).count_ones().is_multiple_of(2) { 1 } else { -1 };
+        let entries = (0..size * size).map(|at| sign(at / size, at % size)).collect();
+        out.push(Factor { size, inner, entries });
+        inner *= size;
+    }
+    if k > 1 {
+        // The forward transform multiplies columns by the core, which is a mode product with its transpose.
+        let n = k as usize;
+        let entries = (0..n * n).map(|p| if inverse { core[p] } else { core[p % n * n + p / n] }).collect();
+        out.push(Factor { size: k, inner: block / k, entries });
+    }
+    Some(out)
+}
+
 /// The core matrix of order `k`, row-major, entries ±1: `None` if it cannot be built.
 pub fn core(k: u64) -> Option<Vec<i8>> {
     if k == 1 {

@@ -7,7 +7,7 @@ use qrmc_ir::{Builder, Diag, Dim, Elem, Func, ModelFacts, Module, Shape, TensorT
 
 use super::emit::{Fault, Making};
 use super::matrix::{Matrix, Part};
-use super::roles::Roles;
+use super::roles::{Roles, needed, operands};
 use super::source::{Piece, Pieces};
 use super::term::{T, Term, Terms, Vector};
 use crate::Integers;
@@ -152,18 +152,12 @@ impl<'a> Build<'a> {
 
     /// The terms of a function, operands first.
     fn order(&self, root: T, from: Option<T>) -> Vec<T> {
-        let mut seen = vec![false; root as usize + 1];
-        seen[root as usize] = true;
-        for t in (0..=root).rev() {
-            if seen[t as usize] && Some(t) != from && !matches!(self.terms.get(t), Term::Past(_)) {
-                let mut term = self.terms.get(t).clone();
-                if let (Term::Quant { factors, .. }, Integers::Dequantize) = (&mut term, self.integers) {
-                    *factors = None;
-                }
-                super::roles::operands(&term).into_iter().for_each(|o| seen[o as usize] = true);
-            }
-        }
-        let all: Vec<T> = (0..=root).filter(|&t| seen[t as usize] && Some(t) != from).collect();
+        let of = |t: T| match self.terms.get(t) {
+            _ if Some(t) == from => Vec::new(),
+            Term::Quant { x, .. } if self.integers == Integers::Dequantize => vec![*x],
+            term => operands(term),
+        };
+        let all = needed(root, of).into_iter().filter(|&t| Some(t) != from).collect();
         self.as_decoders(all)
     }
 
@@ -203,16 +197,15 @@ impl<'a> Build<'a> {
             let named = self.roles.values.get(&t).and_then(|n| ORDER.iter().position(|o| o == n));
             let own = named.or_else(|| place.get(&t).copied()).unwrap_or(ORDER.len());
             place.insert(t, own);
-            for o in super::roles::operands(self.terms.get(t)) {
+            for o in operands(self.terms.get(t)) {
                 place.entry(o).and_modify(|p| *p = own.min(*p)).or_insert(own);
             }
         }
         let mut sorted = all.clone();
         sorted.sort_by_key(|t| (place[t], *t));
         let at: HashMap<T, usize> = sorted.iter().enumerate().map(|(i, t)| (*t, i)).collect();
-        let before = |t: &T| {
-            super::roles::operands(self.terms.get(*t)).iter().all(|o| at.get(o).is_none_or(|i| *i < at[t]))
-        };
+        let before =
+            |t: &T| operands(self.terms.get(*t)).iter().all(|o| at.get(o).is_none_or(|i| *i < at[t]));
         if sorted.iter().all(before) { sorted } else { all }
     }
 
@@ -281,7 +274,7 @@ impl<'a> Build<'a> {
         let name = role.unwrap_or_else(|| self.own_name(m.tensor(), format!("onnx.matrix{t}")));
         let name =
             if self.pieces.has(&name) { self.own_name(m.tensor(), format!("onnx.matrix{t}")) } else { name };
-        let tensors = self.terms.model.tensors.clone();
+        let model = self.terms.model.clone();
         let parts: &[(&str, Part)] = match (keep, m.spec()) {
             (true, Some(spec)) if spec.zero => {
                 &[(".codes", Part::Codes), (".scale", Part::Scale), (".zero", Part::Zero)]
@@ -290,7 +283,7 @@ impl<'a> Build<'a> {
             _ => &[("", Part::Values)],
         };
         for &(end, part) in parts {
-            let mut ty = m.ty(part, &tensors);
+            let mut ty = m.ty(part, &model.tensors);
             if let (Term::Mode { count, .. }, [_, cols]) = (self.terms.get(t), &ty.shape.0[..])
                 && *count > 1
             {

@@ -151,8 +151,8 @@ impl Build<'_> {
             Term::Hadamard { x, block, inverse } => {
                 b.op1(Op::Hadamard { block: *block, inverse: *inverse }, &[need(m, *x)?])?
             }
-            Term::Bin(op, x, y, Fit::Same) if binary(*op).is_some() => {
-                let op = binary(*op).ok_or_else(|| self.unknown(t, "a function"))?;
+            Term::Bin(op, x, y, Fit::Same) => {
+                let op = binary(*op).ok_or_else(|| self.unknown(t, "what it computes"))?;
                 b.binary(op, need(m, *x)?, need(m, *y)?)?
             }
             Term::Un(Un::Neg, x) => b.op1(Op::Unary(qrmc_ir::UnaryOp::Neg), &[need(m, *x)?])?,

@@ -13,7 +13,7 @@ use super::known::Known;
 use super::matrix::Matrix;
 use super::runs::squeezed;
 use super::term::{Bin, Fit, T, Terms, Un};
-use super::view::{Axis, Real, aligned};
+use super::view::{Real, aligned};
 
 /// What a tensor of the graph is.
 #[derive(Clone, Debug)]
@@ -201,12 +201,14 @@ impl Eval {
 
     pub(super) fn elementwise(&mut self, op: Bin, a: &Real, b: &Real) -> Result<Real, String> {
         let (na, nb) = (self.terms.n(a.t), self.terms.n(b.t));
-        let (axes, fit) = self.aligned(a, na, b, nb)?;
+        let (axes, fit) = aligned(&a.axes, na, &b.axes, nb)?;
         Ok(Real { t: self.terms.bin(op, a.t, b.t, fit), axes })
     }
 
-    fn aligned(&self, a: &Real, na: u64, b: &Real, nb: u64) -> Result<(Vec<Axis>, Fit), String> {
-        aligned(&a.axes, na, &b.axes, nb)
+    /// `x * sigmoid(x)`
+    pub(super) fn silu(&mut self, x: &Real) -> Made {
+        let s = self.terms.un(Un::Sigmoid, x.t);
+        one(Real { t: self.terms.bin(Bin::Mul, x.t, s, Fit::Same), axes: x.axes.clone() })
     }
 
     /// Operators on activations.
@@ -265,10 +267,7 @@ impl Eval {
             "Reciprocal" => same(self, Un::Recip),
             "Sigmoid" => same(self, Un::Sigmoid),
             "Round" => same(self, Un::Round),
-            "Swish" if node.float("alpha").is_none_or(|a| a == 1.0) => {
-                let s = self.terms.un(Un::Sigmoid, x.t);
-                one(Real { t: self.terms.bin(Bin::Mul, x.t, s, Fit::Same), axes: x.axes })
-            }
+            "Swish" if node.float("alpha").is_none_or(|a| a == 1.0) => self.silu(&x),
             "Pow" => match get(1).and_then(|v| self.known(v)).and_then(|k| power(&k)) {
                 Some(2.0) => one(Real { t: self.terms.bin(Bin::Mul, x.t, x.t, Fit::Same), axes: x.axes }),
                 Some(-0.5) => {

@@ -7,7 +7,7 @@ use qrmc_ir::{Grain, QuantSpec};
 use super::eval::{Eval, Made, Val, one, rows};
 use super::file::{Node, Type};
 use super::matrix::{Body, Matrix, Order};
-use super::term::{Bin, Fit, Pos, T, Term};
+use super::term::{Bin, Pos, T, Term};
 use super::view::{Axis, Digit, Kind, Real};
 
 impl Eval {
@@ -187,10 +187,7 @@ impl Eval {
             "MatMulNBits" => self.mat_mul_nbits(node, ins),
             "SkipSimplifiedLayerNormalization" => self.skip_norm(node, ins),
             "QuickGelu" if node.float("alpha") == Some(1.0) => match ins.first() {
-                Some(Some(Val::Real(x))) => {
-                    let s = self.terms.un(super::term::Un::Sigmoid, x.t);
-                    one(Real { t: self.terms.bin(Bin::Mul, x.t, s, Fit::Same), axes: x.axes.clone() })
-                }
+                Some(Some(Val::Real(x))) => self.silu(x),
                 _ => return None,
             },
             _ => return None,

@@ -1,7 +1,5 @@
 //! Terms that are the definition of a large operation become it.
 
-use std::sync::Arc;
-
 use super::term::{Bin, Fit, Red, T, Term, Terms, Un, Vector};
 
 impl Terms {
@@ -123,29 +121,16 @@ impl Terms {
             return None;
         }
         factors.reverse();
-        let inverse =
-            [false, true].into_iter().find(|&inverse| walsh(block, inverse).as_ref() == Some(&factors))?;
+        let same = |want: &[qrmc_ir::hadamard::Factor]| {
+            want.len() == factors.len()
+                && want.iter().zip(&factors).all(|(w, (have, inner))| {
+                    w.inner == *inner
+                        && have.iter().copied().eq(w.entries.iter().map(|&e| f32::from(e).to_bits()))
+                })
+        };
+        let made = |inverse: &bool| qrmc_ir::hadamard::factors(block, *inverse).is_some_and(|w| same(&w));
+        let inverse = [false, true].into_iter().find(made)?;
         let (n, pos) = (self.n(x), self.pos(x));
         Some(self.put(Term::Hadamard { x, block, inverse }, n, pos))
     }
-}
-
-/// The mode products that `hadamard` is defined by: matrices and how far their rows step.
-fn walsh(block: u64, inverse: bool) -> Option<Vec<(Arc<[u32]>, u64)>> {
-    let k = qrmc_ir::hadamard::core_order(block)?;
-    let core = qrmc_ir::hadamard::core(k)?;
-    let mut out: Vec<(Arc<[u32]>, u64)> = Vec::new();
-    let mut inner = 1;
-    while inner < block / k {
-        let size = (block / k / inner).min(16);
-        let sign = |i: u64, j: u64| if (i & j).count_ones().is_multiple_of(2) { 1.0f32 } else { -1.0 };
-        out.push(((0..size * size).map(|at| f32::to_bits(sign(at / size, at % size))).collect(), inner));
-        inner *= size;
-    }
-    if k > 1 {
-        let n = k as usize;
-        let at = |i: usize, j: usize| f32::from(if inverse { core[i * n + j] } else { core[j * n + i] });
-        out.push(((0..n * n).map(|p| f32::to_bits(at(p / n, p % n))).collect(), block / k));
-    }
-    Some(out)
 }

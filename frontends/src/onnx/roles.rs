@@ -45,13 +45,13 @@ pub(super) fn operands(term: &Term) -> Vec<T> {
     }
 }
 
-/// The terms that a result needs, in the order of their making.
-fn needed(terms: &Terms, root: T) -> Vec<T> {
-    let mut seen = vec![false; terms.all.len()];
+/// The terms that a result needs, in the order of their making, where each needs what `of` says.
+pub(super) fn needed(root: T, of: impl Fn(T) -> Vec<T>) -> Vec<T> {
+    let mut seen = vec![false; root as usize + 1];
     seen[root as usize] = true;
-    for t in (0..=root).rev().filter(|&t| t <= root) {
+    for t in (0..=root).rev() {
         if seen[t as usize] {
-            operands(terms.get(t)).into_iter().for_each(|o| seen[o as usize] = true);
+            of(t).into_iter().for_each(|o| seen[o as usize] = true);
         }
     }
     (0..=root).filter(|&t| seen[t as usize]).collect()
@@ -84,7 +84,7 @@ impl Roles {
     /// # Errors
     /// What is missing, in a sentence.
     pub(super) fn find(terms: &Terms, logits: T) -> Result<Self, String> {
-        let all = needed(terms, logits);
+        let all = needed(logits, |t| operands(terms.get(t)));
         let attention: Vec<T> =
             all.iter().copied().filter(|&t| matches!(terms.get(t), Term::Attention(..))).collect();
         if attention.is_empty() {

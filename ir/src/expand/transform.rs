@@ -38,29 +38,15 @@ pub(super) fn hadamard(
     signs: Option<ValueId>,
 ) -> Result<ValueId, Diag> {
     let missing = || Diag::new("Q0207", format!("no Hadamard matrix of size {block} can be built"));
-    let k = crate::hadamard::core_order(block).ok_or_else(missing)?;
-    let core = crate::hadamard::core(k).ok_or_else(missing)?;
+    let factors = crate::hadamard::factors(block, inverse).ok_or_else(missing)?;
     let mut x = x;
     if let Some(s) = signs.filter(|_| !inverse) {
         x = b.binary(BinaryOp::Mul, x, s)?;
     }
-    let mut inner = 1;
-    while inner < block / k {
-        // A Kronecker factor of up to 16.
-        let size = (block / k / inner).min(16);
-        let sign = |i: u64, j: u64| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
-        let data: Vec<f64> = (0..size * size).map(|at| sign(at / size, at % size)).collect();
-        let m = b.literal(&[size, size], &data);
-        x = mode_mul(b, inner, x, m)?;
-        inner *= size;
-    }
-    if k > 1 {
-        // The forward transform multiplies columns by the core, which is a mode product with its transpose.
-        let n = k as usize;
-        let at = |i: usize, j: usize| f64::from(if inverse { core[i * n + j] } else { core[j * n + i] });
-        let data: Vec<f64> = (0..n * n).map(|p| at(p / n, p % n)).collect();
-        let m = b.literal(&[k, k], &data);
-        x = mode_mul(b, block / k, x, m)?;
+    for f in factors {
+        let entries: Vec<f64> = f.entries.iter().map(|&e| f64::from(e)).collect();
+        let m = b.literal(&[f.size, f.size], &entries);
+        x = mode_mul(b, f.inner, x, m)?;
     }
     let norm = b.scalar(1.0 / (block as f64).sqrt());
     x = b.binary(BinaryOp::Mul, x, norm)?;
