@@ -88,6 +88,12 @@ def folders():
                      "config_groups": {"group_0": {"targets": ["re:model.*"], "weights": weights,
                                                    "input_activations": token}}},
            lambda r, c: {"weight": ("I8", [r, c], b"\x80\x7f\x01"), "weight_scale": ("F32", [r, 1], b"\0\0\x80?")})
+    whole = {"num_bits": 8, "symmetric": False, "strategy": "tensor", "dynamic": False}
+    folder("static", {"quant_method": "compressed-tensors", "format": "int-quantized",
+                      "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights,
+                                                    "input_activations": whole}}, "ignore": ["lm_head"]},
+           lambda r, c: {"weight": ("I8", [r, c], b"\x80\x7f\x01"), "weight_scale": ("F16", [r, 1], half),
+                         "input_scale": ("F16", [1], half), "input_zero_point": ("I8", [1], b"\x05")})
     put("safetensors", "empty", struct.pack("<Q", 2) + b"{}")
 
 

@@ -1,7 +1,7 @@
 //! Quantized checkpoints as their own tools write them: integers, scales, logits (`tests/data/quantized`).
 
 use qrmc_frontends::{Imported, Integers};
-use qrmc_ir::{Data, Elem, Engine, Tensor, WeightSource, interp, verify};
+use qrmc_ir::{Data, Elem, Engine, Op, Tensor, WeightSource, interp, verify};
 use qrmc_lowering::artefact::Artefact;
 use qrmc_runtime::engine::CpuEngine;
 
@@ -10,7 +10,7 @@ use crate::support::{Reference, data, gap, main_args};
 
 /// Each fixture, the scheme of its matrices, and how far logits may be off. Rounding of inputs is found from floats that
 /// differ in their last bits, so a value near the middle of two codes may fall to the other.
-const FORMATS: [(&str, &str, f32); 11] = [
+const FORMATS: [(&str, &str, f32); 13] = [
     ("awq-g32", "u4<group:32, f16, zero>", 1e-4),
     ("awq-row-old", "u4<row, f16, zero>", 1e-4),
     ("gptq-w4-sym-old", "i4<group:32, f16>", 1e-4),
@@ -21,6 +21,8 @@ const FORMATS: [(&str, &str, f32); 11] = [
     ("ct-pack-w4", "i4<group:32, bf16>", 1e-4),
     ("ct-pack-w3-asym", "u3<row, f16, zero>", 1e-4),
     ("ct-int-w8a8", "i8<row, bf16>", 2e-2),
+    ("ct-int-w8a8-static", "i8<row, f16>", 2e-2),
+    ("ct-int-w8a8-static-asym", "i8<row, bf16>", 2e-2),
     ("ct-naive-w5-asym", "u5<group:64, f16, zero>", 1e-4),
 ];
 /// The matrix of which a fixture holds the integers.
@@ -64,7 +66,7 @@ fn logits_are_those_of_torch() {
         let reference = reference(name);
         let want = reference.get("logits");
         for integers in [Integers::Keep, Integers::Dequantize] {
-            if integers == Integers::Dequantize && name == "ct-int-w8a8" {
+            if integers == Integers::Dequantize && name.starts_with("ct-int-w8a8") {
                 continue;
             }
             let model = import(name, integers);
@@ -131,6 +133,29 @@ fn layers_that_are_left_out_stay_floats_and_heads_may_be_codes() {
     assert!(matches!(elem("gptq-v2-w2-head", "lm_head.weight.codes"), Some(Elem::Quant(_))));
     assert_eq!(elem("gptq-v2-w2-head", "model.embed_tokens.weight"), Some(Elem::F16));
     assert_eq!(elem("awq-row-old", "model.layers.0.self_attn.q_proj.bias"), Some(Elem::F16));
+}
+
+#[test]
+fn a_stored_scale_of_an_input_is_shared_by_its_readers() {
+    for (name, spec) in
+        [("ct-int-w8a8-static", "i8<tensor, f16>"), ("ct-int-w8a8-static-asym", "u8<tensor, bf16, zero>")]
+    {
+        let Imported { module, source } = import(name, Integers::Keep);
+        for f in module.layers().into_iter().map(|l| module.func(l)) {
+            let casts: Vec<_> = f.nodes.iter().filter(|n| matches!(n.op, Op::QCast(_))).collect();
+            assert_eq!(casts.len(), 4, "{name}: q, k and v share one, and gate and up");
+            for n in casts {
+                let Op::QCast(have) = n.op else { continue };
+                assert_eq!(have.to_string(), spec);
+            }
+        }
+        let of = |part: &str| module.weights().iter().filter(|w| w.name.ends_with(part)).count();
+        let layers = module.layers().len();
+        let zeros = if name.ends_with("asym") { 4 * layers } else { 0 };
+        assert_eq!((of(".input_scale"), of(".input_zero_point")), (4 * layers, zeros), "{name}");
+        let scale = "model.layers.0.self_attn.q_proj.input_scale";
+        assert!(source.weights.read(scale).unwrap().as_f32().unwrap()[0] > 0.0);
+    }
 }
 
 #[test]

@@ -22,6 +22,8 @@ const ACT: &str = "gptq-v2-w8-actorder";
 const PACK: &str = "ct-pack-w4";
 const ASYM: &str = "ct-pack-w3-asym";
 const INT: &str = "ct-int-w8a8";
+const STATIC: &str = "ct-int-w8a8-static";
+const ZEROED: &str = "ct-int-w8a8-static-asym";
 const NAIVE: &str = "ct-naive-w5-asym";
 const UP: &str = "model.layers.0.mlp.up_proj";
 
@@ -160,8 +162,10 @@ fn settings_that_are_not_read() {
     group(PACK, "weights", "strategy", json!("block"), &["block"]);
     group(PACK, "weights", "group_size", json!(null), &["is missing"]);
     group(PACK, "weights", "dynamic", json!(true), &["stored scales"]);
-    group(INT, "input_activations", "dynamic", json!(false), &["static"]);
+    group(INT, "input_activations", "dynamic", json!("local"), &["local", "a stored one"]);
     group(INT, "input_activations", "strategy", json!("tensor"), &["each token"]);
+    group(STATIC, "input_activations", "strategy", json!("token"), &["one stored scale"]);
+    group(STATIC, "input_activations", "num_bits", json!(4), &["is 4"]);
     group(INT, "input_activations", "num_bits", json!(4), &["is 4"]);
     group(INT, "input_activations", "type", json!("float"), &["float"]);
 }
@@ -187,6 +191,8 @@ fn tensors_that_are_missing() {
     // A shape of codes that are not there.
     let bytes: Vec<u8> = [192i64, 64].iter().flat_map(|n| n.to_le_bytes()).collect();
     Folder::of(AWQ).with(&shape, Dtype::I64, &[2], bytes).refused(&[&shape, &up("weight_packed")]);
+    Folder::of(STATIC).without(&up("input_scale")).refused(&[&up("input_scale"), "missing"]);
+    Folder::of(ZEROED).without(&up("input_zero_point")).refused(&[&up("input_zero_point"), "missing"]);
     // A layer that is gone altogether.
     let mut gone = Folder::of(AWQ);
     gone.tensors.retain(|n, _| !n.starts_with(UP));
@@ -222,6 +228,18 @@ fn shapes_that_contradict() {
         let bytes = said.iter().flat_map(|n| n.to_le_bytes()).collect();
         Folder::of(PACK).with(&up("weight_shape"), Dtype::I64, &[2], bytes).refused(&[UP]);
     }
+    // One scale for an input, which is a number.
+    let scale = up("input_scale");
+    Folder::of(STATIC)
+        .with(&scale, Dtype::F16, &[64], vec![0x3c; 128])
+        .refused(&[&scale, "one scale for all"]);
+    Folder::of(STATIC).with(&scale, Dtype::I32, &[1], vec![0; 4]).refused(&[&scale, "i32[1]"]);
+    for (bits, said) in [(0u16, "is 0"), (0xbc00, "is -1"), (0x7c00, "is inf"), (0x7e00, "is NaN")] {
+        let f = Folder::of(STATIC).with(&scale, Dtype::F16, &[], bits.to_le_bytes().to_vec());
+        f.refused(&[&scale, said, "no scale"]);
+    }
+    let zero = up("input_zero_point");
+    Folder::of(ZEROED).with(&zero, Dtype::I32, &[1], vec![0; 4]).refused(&[&zero, "i32[1]"]);
     // Another model's configuration.
     let mut f = Folder::of(AWQ);
     f.config["intermediate_size"] = json!(256);
@@ -289,7 +307,18 @@ fn configuration_and_tensors_of_different_checkpoints() {
         assert!(error.path.ends_with("quantize_config.json") && error.what.contains(words), "{error}");
         assert!(error.hint.is_some());
     }
-    // Static scales of inputs and of caches belong to no layer that was imported.
+    // Stored scales of inputs where the configuration has none.
+    for part in ["input_scale", "input_zero_point"] {
+        let f = Folder::of(INT).with(&up(part), Dtype::I8, &[1], vec![1]);
+        f.refused(&[&up(part), "no stored scale"]);
+    }
+    let inputs = |f: Folder, key: &str, v: Value| {
+        f.quantization(|q| q["config_groups"]["group_0"]["input_activations"][key] = v)
+    };
+    let token = inputs(Folder::of(STATIC), "strategy", json!("token"));
+    inputs(token, "dynamic", json!(true)).refused(&["input_scale", "no stored scale"]);
+    inputs(Folder::of(ZEROED), "symmetric", json!(true)).refused(&["symmetric", "input_zero_point"]);
+    // Scales of caches belong to no layer that was imported.
     let name = "model.layers.0.self_attn.k_scale";
     Folder::of(INT).with(name, Dtype::F32, &[1], vec![0; 4]).refused(&[name, "not part of"]);
     Folder::of(AWQ)

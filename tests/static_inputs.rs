@@ -11,6 +11,7 @@ use qrmc_runtime::engine::CpuEngine;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+use crate::formats::stored;
 use crate::passes::{compile, windows};
 use crate::run::{ok, run};
 use crate::support::{Source, TINY, data, import};
@@ -167,6 +168,7 @@ fn exports_compute_what_the_artefact_does() {
     assert!(said.contains("multiples of deq_scale"), "{said}");
     ok(d, &["check", "x", "--target", "vllm-ascend", "--tp", "1,2"]);
     ok(d, &["export", "a", "--format", "compressed-tensors", "-o", "c"]);
+    ok(d, &["check", "c", "--target", "vllm"]);
     let json =
         |path: &str| -> Value { serde_json::from_slice(&std::fs::read(d.join(path)).unwrap()).unwrap() };
     let description = json("x/quant_model_description.json");
@@ -218,6 +220,58 @@ fn exports_compute_what_the_artefact_does() {
                 assert!((float - y).abs() <= 1e-6 * largest, "{name}: {float} for {y}");
             }
         }
+    }
+}
+
+/// The scales and zero points of the inputs of each layer, in the order in which these are rounded.
+fn calibrated(path: &Path) -> Vec<(QuantSpec, Vec<Tensor>)> {
+    let a = Artefact::map(path).unwrap();
+    let mut out = Vec::new();
+    for f in a.module.layers().into_iter().map(|l| a.module.func(l)) {
+        for n in &f.nodes {
+            let Op::QCast(spec) = n.op else { continue };
+            let side = |v: &ValueId| a.read(&a.module.weight(f.as_weight(*v).unwrap()).name).unwrap();
+            out.push((spec, n.ins[1..].iter().map(side).collect()));
+        }
+    }
+    out
+}
+
+#[test]
+fn exports_come_back_with_their_scales() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    compiled(d, "static-inputs,annotate{w=8,group=row,sym=true,scale=bf16},rtn", "own");
+    let asym = data("quantized/ct-int-w8a8-static-asym");
+    ok(d, &["compile", asym.to_str().unwrap(), "-o", "asym"]);
+    for from in ["own", "asym"] {
+        ok(d, &["export", from, "--format", "compressed-tensors", "-o", "x"]);
+        ok(d, &["check", "x", "--target", "vllm"]);
+        ok(d, &["compile", "x", "-o", "back"]);
+        assert_eq!(stored(&d.join("back")), stored(&d.join(from)), "{from}");
+        let want = calibrated(&d.join(from));
+        assert!(!want.is_empty());
+        assert_eq!(calibrated(&d.join("back")), want, "{from}");
+        let logits = |path: &str| {
+            let a = Artefact::map(&d.join(path)).unwrap();
+            let ids = qrmc_passes::seeded_tokens(1, 12, 200);
+            qrmc_passes::forward(&CpuEngine::new(2).unwrap(), &a.module, &a, &ids).unwrap()
+        };
+        assert_eq!(logits("back"), logits(from), "{from}");
+        ok(d, &["check", "back", "--parity"]);
+    }
+    // As floats, for other passes.
+    let s = run(d, &["compile", "x", "--pass", "rtn{bits=8,group=32}", "-o", "again"]);
+    assert!(
+        s.code == 0 && s.err.contains("the rounding of inputs that it asks for is left out"),
+        "{}",
+        s.err
+    );
+    // The tensors of the checkpoint itself.
+    for part in ["weight", "weight_scale", "input_scale", "input_zero_point"] {
+        let name = format!("model.layers.1.mlp.gate_proj.{part}");
+        let file = |path: &Path| get(&path.join("model.safetensors"), &name);
+        assert_eq!(file(&d.join("x")), file(&asym), "{part}");
     }
 }
 

@@ -14,7 +14,7 @@ pub trait Checkpoint: WeightSource {
     fn weight_files(&self) -> Vec<PathBuf>;
 
     /// How the input of the linear layer with this weight is rounded when the model runs, where the checkpoint asks for it.
-    fn rounded_input(&self, weight: &str) -> Option<QuantSpec> {
+    fn rounded_input(&self, weight: &str) -> Option<&RoundedInput> {
         let _ = weight;
         None
     }
@@ -23,6 +23,34 @@ pub trait Checkpoint: WeightSource {
     fn converts(&self) -> bool {
         false
     }
+}
+
+/// How the input of a linear layer is rounded when the model runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RoundedInput {
+    /// The scheme.
+    pub spec: QuantSpec,
+    /// The calibrated scale and, where the scheme has one, the zero point; none where they are found from the input.
+    pub calibrated: Vec<SmallTensor>,
+}
+
+impl RoundedInput {
+    /// Whether both round a value to the same codes of the same meaning.
+    pub(crate) fn same(&self, other: &RoundedInput) -> bool {
+        let bytes = |r: &RoundedInput| r.calibrated.iter().map(|t| t.bytes.clone()).collect::<Vec<_>>();
+        self.spec == other.spec && bytes(self) == bytes(other)
+    }
+}
+
+/// A tensor of a few numbers, kept in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SmallTensor {
+    /// The name under which a checkpoint hands it out.
+    pub name: String,
+    /// Element type and shape.
+    pub ty: TensorType,
+    /// Little-endian elements.
+    pub bytes: Vec<u8>,
 }
 
 /// A file that travels with the model byte for byte, such as `tokenizer.json`.

@@ -16,7 +16,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use arch::{ARCHS, ArchSpec, DecoderConfig, When, read_config};
-pub use checkpoint::{Checkpoint, Opened, SideFile};
+pub use checkpoint::{Checkpoint, Opened, RoundedInput, SideFile, SmallTensor};
 pub use error::ImportError;
 pub use onnx::{OnnxHeader, OnnxNode};
 use qrmc_ir::Module;

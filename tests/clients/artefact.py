@@ -10,6 +10,13 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+# The linear layers that read a value of a layer.
+READERS = {
+    "attn_in": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "o_in": ["self_attn.o_proj"],
+    "mlp_in": ["mlp.gate_proj", "mlp.up_proj"],
+    "down_in": ["mlp.down_proj"],
+}
 # How far below the likeliest of f32 qrmc's token may be. Two ways of adding up differ by little, but where inputs are rounded
 # a value in the middle between two codes falls on either, and every layer adds to what comes of it.
 NEAR, NEAR_ROUNDED = 1e-3, 1.0
@@ -23,7 +30,8 @@ def unpack(rows, bits, cols):
 
 
 class Artefact:
-    """`floats`: tensors without codes; `matrices`: f32 `scale * (code - zero)`, by module name; `bits`: the fewest of them."""
+    """`floats`: tensors without codes; `matrices`: f32 `scale * (code - zero)`, by module name; `bits`: the fewest of them;
+    `inputs`: calibrated scales of inputs, by module name."""
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
@@ -32,8 +40,11 @@ class Artefact:
         for file in {t["file"] for t in listed.values()}:
             with safe_open(self.folder / file, "pt") as f:
                 files |= {k: f.get_tensor(k) for k in f.keys()}
-        self.floats, self.matrices, self.bits = {}, {}, 8
+        self.floats, self.matrices, self.inputs, self.bits = {}, {}, {}, 8
         for name, tensor in listed.items():
+            if calibrated := re.fullmatch(r"layer(\d+)\.(\w+)\.scale", name):
+                for reader in READERS[calibrated[2]]:
+                    self.inputs[f"model.layers.{calibrated[1]}.{reader}"] = files[name].float()
             if re.search(r"\.(scale|zero)$", name):
                 continue
             if not name.endswith(".codes"):
@@ -52,14 +63,20 @@ class Artefact:
             groups = (codes.reshape(rows, scale.shape[1], -1) - zero[:, :, None]).float() * scale[:, :, None]
             self.matrices[module] = groups.reshape(rows, cols)
 
-    def activations(self):
-        """Whether inputs of 8 bits are symmetric; None where they are not rounded."""
+    def rounding(self):
+        """How the input of a linear layer of this name is rounded to 8 bits; None where none is."""
         said = re.search(r"\ba=8,a_sym=(true|false)", " ".join(self.manifest["pipeline"]))
-        return said and said[1] == "true"
+        if self.inputs:
+            return lambda name, x: whole(x, self.inputs[name])
+        return said and (lambda _, x: rounded(x, said[1] == "true"))
+
+    def unit(self, name):
+        """An input that a calibrated scale leaves as it is: 64 steps of it. Rounding for each token leaves a single 1."""
+        return 64 * self.inputs[name].item() if name in self.inputs else 1.0
 
     def near(self):
         """The largest difference of two log-probabilities that are a tie for qrmc and for f32."""
-        return NEAR if self.activations() is None else NEAR_ROUNDED
+        return NEAR if self.rounding() is None else NEAR_ROUNDED
 
     def prompts(self):
         """Prompt tokens and the tokens that qrmc continued with."""
@@ -77,10 +94,10 @@ class Artefact:
         state = {k: v.float() for k, v in self.floats.items()} | {f"{k}.weight": v for k, v in self.matrices.items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-        symmetric = self.activations()
-        if symmetric is not None:
+        rounding = self.rounding()
+        if rounding is not None:
             for name in self.matrices.keys() - {"lm_head"}:
-                model.get_submodule(name).register_forward_pre_hook(lambda _, x: (rounded(x[0], symmetric),))
+                model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: (rounding(name, x[0]),))
         return model
 
     def reference(self):
@@ -99,6 +116,11 @@ class Artefact:
             assert gap <= self.near(), f"{self.folder}: qrmc's token {token} is {gap:.1e} below the likeliest of f32"
         np.savez(kept, *[x.numpy() for x in out])
         return out
+
+
+def whole(x, scale):
+    """All tokens rounded to 8 bits by one scale in f32."""
+    return (x / scale).round().clamp(-128, 127) * scale
 
 
 def rounded(x, symmetric):

@@ -41,12 +41,12 @@ def compare(client, artefact):
     """One loaded export: what the matrices and tokens are like, and whether that is right."""
     said, good = [client.dtype], True
     different, gap = [], 0.0
-    rounds_inputs = artefact.activations() is not None
+    rounds_inputs = artefact.rounding() is not None
     # Of a model of many layers, those of the first and last: the probe is a pass of as many tokens as there are channels.
     names = list(artefact.matrices)
     names = names if len(names) <= 64 else names[:7] + names[-7:]
     for name in names:
-        want, have = artefact.matrices[name], client.matrix(name)
+        want, have = artefact.matrices[name], client.matrix(name, artefact.unit(name))
         if have is None:
             continue
         want = want.to(have.dtype)

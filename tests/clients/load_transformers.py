@@ -37,18 +37,18 @@ class Client:
         # compressed-tensors de-quantizes all layers when the model first runs.
         self.top([0], 0)
 
-    def matrix(self, name):
-        """A layer's weight, or, where it holds codes, what it multiplies one-hot inputs by: as exact as its kernel is."""
+    def matrix(self, name, unit):
+        """A layer's weight, or, where it holds codes, what it multiplies one-hot inputs of this size by."""
         layer = self.model.get_submodule(name)
         weight = getattr(layer, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.is_floating_point():
             return weight.detach()
-        inputs = torch.eye(layer.in_features, dtype=self.model.dtype)
+        inputs = unit * torch.eye(layer.in_features, dtype=self.model.dtype)
         bias, layer.bias = getattr(layer, "bias", None), None
         with torch.inference_mode():
             out = layer(inputs)
         layer.bias = bias
-        return out.T
+        return out.T / unit
 
     def top(self, ids, start, count=20):
         """The likeliest tokens and their log-probabilities from a position on."""

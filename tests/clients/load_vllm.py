@@ -35,16 +35,16 @@ class Client:
         self.dtype = str(self.llm.llm_engine.model_config.dtype).removeprefix("torch.")
         self.layers = self.llm.apply_model(lambda model: dict(model.named_modules()))[0]
 
-    def matrix(self, name):
-        """What a layer multiplies one-hot inputs by; of a fused layer, the rows of one of its parts."""
+    def matrix(self, name, unit):
+        """What a layer multiplies one-hot inputs of this size by; of a fused layer, the rows of one of its parts."""
         parent, leaf = name.rsplit(".", 1) if "." in name else ("", name)
         fused = next((k for k, parts in FUSED.items() if leaf in parts), leaf)
         layer = self.layers.get(f"{parent}.{fused}" if parent else fused)
         if layer is None or name == "lm_head":
             return None
-        inputs = torch.eye(layer.input_size, dtype=getattr(torch, self.dtype))
+        inputs = unit * torch.eye(layer.input_size, dtype=getattr(torch, self.dtype))
         with torch.inference_mode():
-            out = layer.quant_method.apply(layer, inputs, None).T
+            out = layer.quant_method.apply(layer, inputs, None).T / unit
         if fused == leaf:
             return out
         sizes, at = layer.output_partition_sizes, FUSED[fused].index(leaf)

@@ -132,6 +132,27 @@ class Model:
             self.reference["steps"] = (codes - zero[:, g]).float()
             self.reference["scale"] = scale.float()
 
+    def model(self):
+        """The model with these values, as transformers computes it in float32."""
+        plain = {k: v for k, v in self.config.items() if k not in ("quantization_config", "torch_dtype")}
+        config = transformers.AutoConfig.for_model(**plain)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+        missing, extra = model.load_state_dict(self.values, strict=False)
+        assert not extra and set(missing) <= {"lm_head.weight"}, (missing, extra)
+        model.tie_weights()
+        return model
+
+    def ranges(self):
+        """The ends of the input of each quantized layer on random tokens, so that others reach beyond them."""
+        model, found = self.model(), {}
+        for name, module in model.named_modules():
+            if name in self.quantized:
+                keep = lambda m, args, name=name: found.update({name: (args[0].min(), args[0].max())})
+                module.register_forward_pre_hook(keep)
+        with torch.no_grad():
+            model(torch.randint(3, self.config["vocab_size"], (2, 16), generator=self.rng))
+        return found
+
     def finish(self, quantization, beside=None, hook=None):
         if beside is None:
             self.config["quantization_config"] = quantization
@@ -140,15 +161,10 @@ class Model:
         (self.dir / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         tensors = {k: v.contiguous() for k, v in self.tensors.items()}
         save_file(tensors, self.dir / "model.safetensors", metadata={"format": "pt"})
-        plain = {k: v for k, v in self.config.items() if k not in ("quantization_config", "torch_dtype")}
-        config = transformers.AutoConfig.for_model(**plain)
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-        missing, extra = model.load_state_dict(self.values, strict=False)
-        assert not extra and set(missing) <= {"lm_head.weight"}, (missing, extra)
-        model.tie_weights()
+        model = self.model()
         for name, module in model.named_modules():
             if hook is not None and f"{name}.weight" in self.values and name in self.quantized:
-                module.register_forward_pre_hook(lambda m, args: (hook(args[0]),))
+                module.register_forward_pre_hook(lambda m, args, name=name: (hook(name, args[0]),))
         ids = torch.randint(3, self.config["vocab_size"], (2, 16), generator=self.rng)
         with torch.no_grad():
             logits = model(ids).logits
@@ -214,7 +230,7 @@ def compressed(base, name, seed, fmt, args, dtype, ignore=(), act=None, targets=
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+    from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
     m = Model(base, name, seed, dtype)
     weights = QuantizationArgs(**args)
     inputs = QuantizationArgs(**act) if act else None
@@ -232,10 +248,18 @@ def compressed(base, name, seed, fmt, args, dtype, ignore=(), act=None, targets=
         packed["weight_scale"] = scale
         m.tensors.update({f"{module}.{k}": v for k, v in packed.items()})
     hook = None
-    if inputs is not None:
-        def hook(x):
+    if inputs is not None and inputs.dynamic:
+        def hook(_, x):
             scale, zero = compute_dynamic_scales_and_zp(x, inputs, torch.nn.Module())
             return fake_quantize(x, scale, zero, inputs)
+    elif inputs is not None:
+        def hook(name, x):
+            scale, zero = (m.tensors[f"{name}.input_{k}"] for k in ("scale", "zero_point"))
+            return fake_quantize(x, scale.float(), zero, inputs)
+        ranges = m.ranges()
+        for module in m.quantized:
+            scale, zero = calculate_qparams(*ranges[module], inputs)
+            m.tensors.update({f"{module}.input_scale": scale.to(dtype), f"{module}.input_zero_point": zero.to(torch.int8)})
     quantization = {
         "quant_method": "compressed-tensors", "format": fmt, "quantization_status": "compressed",
         "config_groups": {"group_0": json.loads(scheme.model_dump_json())},
@@ -271,6 +295,10 @@ def main(awq_folder, gptq_folder):
     w8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     token = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
     compressed(llama, "ct-int-w8a8", 10, "int-quantized", w8, torch.bfloat16, act=token)
+    whole = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
+    compressed(qwen, "ct-int-w8a8-static", 12, "int-quantized", w8, torch.float16, act={**whole, "symmetric": True})
+    compressed(llama, "ct-int-w8a8-static-asym", 13, "int-quantized", w8, torch.bfloat16,
+               act={**whole, "symmetric": False})
     w5 = {"num_bits": 5, "type": "int", "symmetric": False, "strategy": "group", "group_size": 64}
     compressed(llama, "ct-naive-w5-asym", 11, "naive-quantized", w5, torch.float16)
 

@@ -7,6 +7,7 @@ use qrmc_ir::words::{self, word_count};
 use qrmc_ir::{Elem, Grain, QuantSpec, TensorType, WeightError, WeightSource, pack};
 
 use super::config::{Scheme, Storage};
+use crate::RoundedInput;
 use crate::hf::SafetensorsFolder;
 
 /// A linear layer whose weight is stored as codes.
@@ -23,6 +24,8 @@ pub(super) struct Linear {
     pub(super) groups: usize,
     /// The group of each column, where it is not `column / (cols / groups)`.
     pub(super) order: Option<Vec<usize>>,
+    /// How the input is rounded when the model runs.
+    pub(super) input: Option<RoundedInput>,
 }
 
 /// The numbers of a tensor of 32-bit integers.

@@ -8,11 +8,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use qrmc_ir::{Elem, QuantSpec, RawWeight, TensorType, WeightError, WeightSource};
+use qrmc_ir::{Elem, RawWeight, TensorType, WeightError, WeightSource};
 use serde_json::Value;
 
 use crate::hf::SafetensorsFolder;
-use crate::{Checkpoint, ImportError, Integers};
+use crate::{Checkpoint, ImportError, Integers, RoundedInput};
 
 mod config;
 mod linear;
@@ -24,13 +24,15 @@ use linear::Linear;
 /// The ends of the names of tensors that hold packed codes.
 const PACKED: [&str; 2] = [".qweight", ".weight_packed"];
 /// The ends of the names of tensors that go with codes, and how the codes are called.
-const BESIDE: [(&str, &str); 6] = [
+const BESIDE: [(&str, &str); 8] = [
     (".qzeros", "qweight"),
     (".scales", "qweight"),
     (".g_idx", "qweight"),
     (".weight_scale", "weight_packed"),
     (".weight_zero_point", "weight_packed"),
     (".weight_g_idx", "weight_packed"),
+    (".input_scale", "weight_packed"),
+    (".input_zero_point", "weight_packed"),
 ];
 /// The table of the embedding, which is read as floats.
 const EMBEDDING: &str = "model.embed_tokens";
@@ -44,6 +46,8 @@ enum Origin {
     Codes(usize),
     Scale(usize),
     Zero(usize),
+    /// One of the numbers by which a layer's input is rounded.
+    Input(usize, usize),
     /// The values of a quantized layer.
     Floats(usize),
 }
@@ -55,8 +59,8 @@ pub struct QuantizedFolder {
     linears: Vec<Linear>,
     tensors: Vec<(String, TensorType, Origin)>,
     by_name: HashMap<String, usize>,
-    /// What is known about the rounding of inputs, by the name of the weight.
-    inputs: HashMap<String, QuantSpec>,
+    /// The layers whose inputs are rounded, by the names of their weights.
+    inputs: HashMap<String, usize>,
 }
 
 /// What [`open`] makes of the weights of a folder.
@@ -157,8 +161,9 @@ impl QuantizedFolder {
             return Err(lonely(folder, &format!("{name}.weight_shape"), &format!("{name}.weight_packed")));
         }
         let by_name = tensors.iter().enumerate().map(|(i, (name, ..))| (name.clone(), i)).collect();
-        let inputs = linears.iter().filter_map(|l| Some((format!("{}.weight", l.name), l.scheme.input?)));
-        let inputs = if integers == Integers::Keep { inputs.collect() } else { HashMap::new() };
+        let rounds = |(_, l): &(usize, &Linear)| integers == Integers::Keep && l.input.is_some();
+        let inputs = linears.iter().enumerate().filter(rounds);
+        let inputs = inputs.map(|(i, l)| (format!("{}.weight", l.name), i)).collect();
         Ok(QuantizedFolder { files, linears, tensors, by_name, inputs })
     }
 
@@ -220,12 +225,16 @@ fn lonely(folder: &Path, name: &str, codes: &str) -> ImportError {
 
 /// The tensors that a layer is handed out as.
 fn handed_out(l: &Linear, i: usize, integers: Integers) -> Vec<(String, TensorType, Origin)> {
+    let calibrated = l.input.iter().filter(|_| integers == Integers::Keep).flat_map(|r| &r.calibrated);
+    let inputs = calibrated.enumerate().map(|(at, t)| (t.name.clone(), t.ty.clone(), Origin::Input(i, at)));
     if integers == Integers::Dequantize || l.order.is_some() {
         let ty = TensorType::new(Elem::F32, [l.rows, l.cols].as_slice());
-        return vec![(format!("{}.weight", l.name), ty, Origin::Floats(i))];
+        let floats = (format!("{}.weight", l.name), ty, Origin::Floats(i));
+        return std::iter::once(floats).chain(inputs).collect();
     }
     let of = [Origin::Codes(i), Origin::Scale(i), Origin::Zero(i)];
-    l.parts().into_iter().zip(of).map(|((end, ty), o)| (format!("{}.{end}", l.name), ty, o)).collect()
+    let parts = l.parts().into_iter().zip(of).map(|((end, ty), o)| (format!("{}.{end}", l.name), ty, o));
+    parts.chain(inputs).collect()
 }
 
 impl WeightSource for QuantizedFolder {
@@ -237,6 +246,10 @@ impl WeightSource for QuantizedFolder {
             Origin::Codes(i) => self.linears[i].dense(files)?,
             Origin::Scale(i) => self.linears[i].scales(files)?,
             Origin::Zero(i) => Cow::Owned(self.linears[i].zeros(files)?),
+            Origin::Input(i, at) => {
+                let rounded = self.linears[i].input.as_ref();
+                Cow::Borrowed(rounded.map_or(&[][..], |r| &r.calibrated[at].bytes))
+            }
             Origin::Floats(i) => Cow::Owned(self.linears[i].floats(files)?),
         };
         Ok(RawWeight { ty: ty.clone(), bytes })
@@ -251,7 +264,7 @@ impl WeightSource for QuantizedFolder {
                 self.linears[i].scales(&self.files)?;
                 self.linears[i].scales_as_stored()
             }
-            Origin::Zero(_) | Origin::Floats(_) => None,
+            Origin::Zero(_) | Origin::Floats(_) | Origin::Input(..) => None,
         };
         match stored {
             Some(stored) => self.files.shared(&stored),
@@ -269,8 +282,8 @@ impl Checkpoint for QuantizedFolder {
         self.files.weight_files()
     }
 
-    fn rounded_input(&self, weight: &str) -> Option<QuantSpec> {
-        self.inputs.get(weight).copied()
+    fn rounded_input(&self, weight: &str) -> Option<&RoundedInput> {
+        self.linears[*self.inputs.get(weight)?].input.as_ref()
     }
 
     fn converts(&self) -> bool {

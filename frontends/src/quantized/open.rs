@@ -3,14 +3,15 @@
 use std::path::Path;
 
 use qrmc_ir::words::word_count;
-use qrmc_ir::{Elem, Grain, QuantSpec, ScaleType, WeightSource};
+use qrmc_ir::{Elem, Grain, QuantSpec, ScaleType, Tensor, TensorType, WeightSource};
 
 use super::config::{Scheme, Storage};
 use super::linear::{Linear, ints};
-use crate::ImportError;
 use crate::hf::SafetensorsFolder;
+use crate::{ImportError, RoundedInput, SmallTensor};
 
 const AGAIN: &str = "the checkpoint is damaged: download it again";
+const CONTRADICT: &str = "configuration and tensors contradict: download both again";
 
 /// The tensors of one layer while they are checked.
 struct Open<'a> {
@@ -108,6 +109,67 @@ impl Open<'_> {
         Ok((!plain).then_some(order))
     }
 
+    /// Refuses zero points beside codes that are said to have none.
+    fn no_zeros(&self, part: &str) -> Result<(), ImportError> {
+        if self.has(part) && self.bytes(part)?.iter().any(|&b| b != 0) {
+            let what = format!("`symmetric` is true, but `{}.{part}` is not 0 everywhere", self.name);
+            return Err(self.fail(what, CONTRADICT));
+        }
+        Ok(())
+    }
+
+    fn bytes(&self, part: &str) -> Result<Vec<u8>, ImportError> {
+        let raw = self.files.raw(&format!("{}.{part}", self.name));
+        raw.map(|r| r.bytes.into_owned()).map_err(|e| self.fail(e.to_string(), AGAIN))
+    }
+
+    /// How the input is rounded, with the calibrated numbers where the configuration says that they are stored.
+    fn input(&self) -> Result<Option<RoundedInput>, ImportError> {
+        let Some(mut spec) = self.scheme.input.filter(|s| s.grain == Grain::Tensor) else {
+            if let Some(part) = ["input_scale", "input_zero_point"].into_iter().find(|p| self.has(p)) {
+                let what = format!(
+                    "tensor `{}.{part}` is there, but the configuration says of no stored scale of inputs",
+                    self.name
+                );
+                return Err(self.fail(what, CONTRADICT));
+            }
+            return Ok(self.scheme.input.map(|spec| RoundedInput { spec, calibrated: Vec::new() }));
+        };
+        let small = |part: &str, elem: Elem, bytes: Vec<u8>| SmallTensor {
+            name: format!("{}.{part}", self.name),
+            ty: TensorType::new(elem, [1].as_slice()),
+            bytes,
+        };
+        let (elem, shape) = self.need("input_scale", float)?;
+        self.one("input_scale", shape)?;
+        let bytes = self.bytes("input_scale")?;
+        let value = Tensor::from_le_bytes(elem, &[1], &bytes).ok();
+        let value = value.and_then(|t| t.as_f32().map(|v| v[0])).unwrap_or(f32::NAN);
+        if !value.is_normal() || value < 0.0 {
+            let what = format!("`{}.input_scale` is {value}, which is no scale", self.name);
+            return Err(self.fail(what, AGAIN));
+        }
+        spec.scale = scale_type(elem);
+        let mut calibrated = vec![small("input_scale", elem, bytes)];
+        if spec.zero {
+            let (_, shape) = self.need("input_zero_point", |e| e == Elem::I8)?;
+            self.one("input_zero_point", shape)?;
+            let raised = self.bytes("input_zero_point")?.iter().map(|b| b ^ 0x80).collect();
+            calibrated.push(small("input_zero_point", Elem::U8, raised));
+        } else {
+            self.no_zeros("input_zero_point")?;
+        }
+        Ok(Some(RoundedInput { spec, calibrated }))
+    }
+
+    fn one(&self, part: &str, have: [usize; 2]) -> Result<(), ImportError> {
+        if have == [1, 1] {
+            return Ok(());
+        }
+        let what = format!("tensor `{}.{part}` is {have:?}; an input has one scale for all of it", self.name);
+        Err(self.fail(what, CONTRADICT))
+    }
+
     /// Rows and columns of packed codes, which `weight_shape` says.
     fn packed(&self) -> Result<[usize; 2], ImportError> {
         let bits = self.scheme.bits;
@@ -199,7 +261,8 @@ impl Linear {
             _ => o.order("g_idx", cols, groups)?,
         };
         let spec = QuantSpec { scale: scale_type(elem), ..QuantSpec::asym(bits, scheme.grain) };
-        let mut linear = Linear { name: o.name.to_owned(), rows, cols, spec, scheme, groups, order };
+        let name = o.name.to_owned();
+        let mut linear = Linear { name, rows, cols, spec, scheme, groups, order, input: None };
         if matches!(scheme.storage, Storage::Gptq { .. }) {
             let zeros = linear.zeros(o.files).map_err(|e| o.fail(e.to_string(), AGAIN))?;
             let middle = 1u8 << (bits - 1);
@@ -241,16 +304,12 @@ impl Linear {
                 _ => scales,
             };
             o.shape("weight_zero_point", z, want)?;
-        } else if o.has("weight_zero_point") {
-            let name = format!("{}.weight_zero_point", o.name);
-            let raw = o.files.raw(&name).map_err(|e| o.fail(e.to_string(), AGAIN))?;
-            if raw.bytes.iter().any(|&b| b != 0) {
-                let what = format!("`symmetric` is true, but `{name}` is not 0 everywhere");
-                return Err(o.fail(what, "configuration and tensors contradict: download both again"));
-            }
+        } else {
+            o.no_zeros("weight_zero_point")?;
         }
         let order = o.order("weight_g_idx", cols, groups)?;
         let spec = QuantSpec { bits, signed, grain: scheme.grain, scale: scale_type(elem), zero: !signed };
-        Ok(Linear { name: o.name.to_owned(), rows, cols, spec, scheme, groups, order })
+        let input = o.input()?;
+        Ok(Linear { name: o.name.to_owned(), rows, cols, spec, scheme, groups, order, input })
     }
 }

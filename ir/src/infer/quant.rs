@@ -75,10 +75,10 @@ pub(super) fn scale_shape(spec: &QuantSpec, shape: &Shape) -> Result<Shape, Diag
     })
 }
 
-/// Up to four divisors of `n` near `want`, the likeliest group sizes, largest first.
+/// Up to four divisors of `n` near `want`, the likeliest group sizes, largest first; none above 65536.
 pub fn list_divisors(n: u64, want: u64) -> String {
-    let mut all: Vec<u64> =
-        (8..=n).filter(|g| n.is_multiple_of(*g) && *g <= want.saturating_mul(4).max(64)).collect();
+    let most = n.min(want.saturating_mul(4).clamp(64, 1 << 16));
+    let mut all: Vec<u64> = (8..=most).filter(|g| n.is_multiple_of(*g)).collect();
     all.sort_by_key(|&g| (!(g.is_power_of_two() && g >= 16), g.abs_diff(want)));
     all.truncate(4);
     all.sort_unstable_by(|a, b| b.cmp(a));

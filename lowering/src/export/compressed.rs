@@ -56,10 +56,15 @@ impl Format for CompressedTensors {
                 let all = l.scales(src)?;
                 Ok(put(&scale_bytes(&all[..scales.iter().product()], scale)?)?)
             }));
-            if let Some(x) = l.input.whole() {
+            if let Some(x) = l.input.one_scale() {
                 out.push(Part::of(l, "input_scale", dtype(x.scale), vec![1], move |src, put| {
                     Ok(put(&scale_bytes(&l.input.scales(src)?, x.scale)?)?)
                 }));
+                if x.zero {
+                    out.push(Part::of(l, "input_zero_point", Dtype::I8, vec![1], move |src, put| {
+                        Ok(put(&signed(x.bits, l.input.zeros(src)?))?)
+                    }));
+                }
             }
             Ok(())
         })?;
@@ -108,9 +113,9 @@ fn scheme(l: &Linear) -> Result<Value, ExportError> {
     }
     let input = match l.input.spec {
         None => Value::Null,
-        Some(x) if l.input.whole().is_some() => {
+        Some(x) if l.input.one_scale().is_some() => {
             json!({
-                "num_bits": x.bits, "type": "int", "symmetric": true, "strategy": "tensor", "dynamic": false,
+                "num_bits": x.bits, "type": "int", "symmetric": !x.zero, "strategy": "tensor", "dynamic": false,
                 "group_size": null, "actorder": null, "observer": "minmax", "block_structure": null,
             })
         }
@@ -165,7 +170,7 @@ fn plain<'a>(l: &'a Linear, out: &mut Vec<Part<'a>>) {
     out.push(signed_codes(l));
     if l.spec().zero {
         out.push(Part::of(l, "weight_zero_point", Dtype::I8, vec![l.rows, l.groups()], move |src, put| {
-            Ok(put(&signed(l, l.zeros(src)?))?)
+            Ok(put(&signed(l.bits(), l.zeros(src)?))?)
         }));
     }
 }

@@ -55,6 +55,8 @@ pub struct Rounding {
     pub spec: Option<QuantSpec>,
     /// Stored name of the scales, where these were calibrated; they are computed from the value otherwise.
     pub scale: Option<String>,
+    /// Stored name of the zero points that go with them, where the scheme has some.
+    pub zero: Option<String>,
     /// Factors of the range of rounding, upper before lower, where it has some.
     pub bounds: Vec<Bound>,
     /// Small matrices that it is multiplied by before, last first: stored name, and elements inside the multiplied axis.
@@ -73,10 +75,24 @@ impl Rounding {
         v.ok_or_else(|| ExportError::fault(format!("`{name}` holds no floats")))
     }
 
-    /// The scheme, if it is signed codes with one calibrated scale for the whole tensor, of a value that is as it was.
-    pub(super) fn whole(&self) -> Option<QuantSpec> {
+    /// The calibrated zero points, as they are stored.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub(super) fn zeros(&self, src: &dyn WeightSource) -> Result<Vec<u8>, ExportError> {
+        self.zero.iter().try_fold(Vec::new(), |_, name| Ok(src.raw(name)?.bytes.into_owned()))
+    }
+
+    /// The scheme, if it is codes with one calibrated scale for the whole tensor, of a value that is as it was: signed ones,
+    /// or ones with a zero point.
+    pub(super) fn one_scale(&self) -> Option<QuantSpec> {
         let plain = self.scale.is_some() && self.matrices.is_empty();
-        self.spec.filter(|x| plain && x.grain == Grain::Tensor && x.signed && !x.zero)
+        self.spec.filter(|x| plain && x.grain == Grain::Tensor && x.signed != x.zero)
+    }
+
+    /// As [`Rounding::one_scale`], for codes without zero points alone.
+    pub(super) fn whole(&self) -> Option<QuantSpec> {
+        self.one_scale().filter(|x| !x.zero)
     }
 }
 

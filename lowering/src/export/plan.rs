@@ -249,15 +249,15 @@ pub(super) fn parts<'a>(
 }
 
 /// Codes, or zero points in their units, as signed bytes.
-pub(super) fn signed(l: &Linear, codes: Vec<u8>) -> Vec<u8> {
-    let middle = 1u8 << (l.bits() - 1);
+pub(super) fn signed(bits: u8, codes: Vec<u8>) -> Vec<u8> {
+    let middle = 1u8 << (bits - 1);
     codes.into_iter().map(|q| q.wrapping_sub(middle)).collect()
 }
 
 /// The tensor `weight` of a signed byte for each code.
 pub(super) fn signed_codes(l: &Linear) -> Part<'_> {
     Part::of(l, "weight", Dtype::I8, vec![l.rows, l.cols], move |src, put| {
-        l.blocks().try_for_each(|rows| Ok(put(&signed(l, l.codes(src, rows)?))?))
+        l.blocks().try_for_each(|rows| Ok(put(&signed(l.bits(), l.codes(src, rows)?))?))
     })
 }
 

@@ -289,6 +289,7 @@ fn rounding(
                 seen.insert(v);
                 out.spec = Some(spec);
                 out.scale = weight(&n.ins[1]);
+                out.zero = n.ins.get(2).and_then(weight);
             }
             Op::ModeMul { inner } => {
                 out.matrices.extend(n.ins[1..].iter().filter_map(weight).map(|name| (name, inner)));

@@ -116,27 +116,33 @@ fn integers(s: &Settings<'_>) -> Result<(), ImportError> {
     }
 }
 
-/// How inputs are rounded: 8 bits, a scale for each token, found when the model runs.
+/// How inputs are rounded: to 8 bits, with a scale for each token that is found when the model runs, or with one that is
+/// stored.
 fn input(group: &Settings<'_>) -> Result<Option<QuantSpec>, ImportError> {
     let Some(a) = group.within("input_activations")? else { return Ok(None) };
     integers(&a)?;
-    match a.get("dynamic").map(|v| v.as_bool()) {
-        Some(Some(true)) => {}
-        _ => {
-            let hint = format!("only scales that are found when the model runs are read; {FLOATS}");
-            return Err(a.fail("dynamic", "is not true: the scales of inputs are static", &hint));
+    let dynamic = match a.get("dynamic") {
+        None => false,
+        Some(Value::Bool(d)) => *d,
+        Some(v) => {
+            let hint =
+                format!("read are true, with a scale for each token, and false, with a stored one; {FLOATS}");
+            return Err(a.fail("dynamic", &format!("is {}", shown(v)), &hint));
         }
-    }
-    match a.text("strategy")? {
-        Some("token") => {}
-        s => {
-            let what = format!("is `{}`", s.unwrap_or("tensor"));
-            return Err(a.fail("strategy", &what, "inputs are rounded with a scale for each token"));
+    };
+    let grain = match (dynamic, a.text("strategy")?.unwrap_or("tensor")) {
+        (true, "token") => Grain::Token,
+        (false, "tensor") => Grain::Tensor,
+        (dynamic, s) => {
+            let what = format!("is `{s}` where `dynamic` is {dynamic}");
+            let hint =
+                "inputs are rounded with a scale for each token, or with one stored scale for the tensor";
+            return Err(a.fail("strategy", &what, hint));
         }
-    }
+    };
     let bits = a.bits(&["num_bits"], &[8])?;
     Ok(Some(match a.flag("symmetric")?.unwrap_or(true) {
-        true => QuantSpec::sym(bits, Grain::Token),
-        false => QuantSpec::asym(bits, Grain::Token),
+        true => QuantSpec::sym(bits, grain),
+        false => QuantSpec::asym(bits, grain),
     }))
 }
