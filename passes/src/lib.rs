@@ -28,6 +28,7 @@ mod smooth;
 mod static_caches;
 mod static_inputs;
 mod static_keys;
+mod static_scales;
 mod unit;
 
 pub use affine::{KroneckerPair, kronecker_pairs};

@@ -93,11 +93,8 @@ pub(crate) fn magnitudes(
     readers: &[Linear],
     batches: &[Tensor],
 ) -> Result<(Vec<f32>, Vec<f32>), PassError> {
-    let func = cx.engine.prepare(&unit.module, &absmax(&unit.module, f.ty(x))?, &unit.weights)?;
-    let (mut xmax, mut wmax) = (Vec::new(), Vec::new());
-    for t in batches {
-        widen(&mut xmax, &func.run(&[t])?[0]);
-    }
+    let xmax = largest(unit, cx, f.ty(x), batches)?;
+    let mut wmax = Vec::new();
     let weights: Vec<ValueId> = readers.iter().map(|l| l.w).collect();
     for t in &cx.run(unit, &column_max(unit, f, &weights)?, &[])? {
         widen(&mut wmax, t);
@@ -105,8 +102,23 @@ pub(crate) fn magnitudes(
     Ok((xmax, wmax))
 }
 
+/// The largest magnitude by channel over all batches of a value of this type.
+pub(crate) fn largest(
+    unit: &Unit,
+    cx: &PassCx<'_>,
+    ty: &TensorType,
+    batches: &[Tensor],
+) -> Result<Vec<f32>, PassError> {
+    let func = cx.engine.prepare(&unit.module, &absmax(&unit.module, ty)?, &unit.weights)?;
+    let mut most = Vec::new();
+    for t in batches {
+        widen(&mut most, &func.run(&[t])?[0]);
+    }
+    Ok(most)
+}
+
 /// `@absmax(x [B, S, n]) -> [1, 1, n]`
-pub(crate) fn absmax(module: &qrmc_ir::Module, ty: &TensorType) -> Result<Func, Diag> {
+fn absmax(module: &qrmc_ir::Module, ty: &TensorType) -> Result<Func, Diag> {
     let mut b = Builder::new(module, "absmax");
     let x = b.param(Some("x"), ty.clone());
     let mut y = b.op1(Op::Unary(UnaryOp::Abs), &[x])?;
