@@ -215,6 +215,9 @@ fn what_onnxruntime_asks_of_a_file() {
     assert_eq!(bytes[0], 0x08);
     bytes[1] = 15;
     std::fs::write(d.join("m/model.onnx"), bytes).unwrap();
+    std::fs::write(d.join("m/genai_config.json"), &genai[..genai.len() / 2]).unwrap();
+    let s = run(d, &["check", "m", "--target", "onnxruntime"]);
+    assert!(s.code == 1 && s.err.contains("genai_config.json") && s.err.contains("not JSON"), "{}", s.err);
     std::fs::write(d.join("m/genai_config.json"), genai).unwrap();
     refused("the format is version 15; up to 14 is opened");
 }

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 pub use arch::{ARCHS, ArchSpec, DecoderConfig, When, read_config};
 pub use checkpoint::{Checkpoint, Opened, RoundedInput, SideFile, SmallTensor};
 pub use error::ImportError;
-pub use onnx::{OnnxHeader, OnnxNode};
+pub use onnx::{OnnxHeader, OnnxNode, genai_config};
 use qrmc_ir::Module;
 pub use quantized::QuantizedFolder;
 use serde_json::Value;

@@ -48,11 +48,19 @@ fn json_beside(path: &Path) -> Result<Option<Value>, ImportError> {
     Ok(Some(value))
 }
 
+/// The `genai_config.json` beside a model, if there is one.
+///
+/// # Errors
+/// If it cannot be read, or is no JSON.
+pub fn genai_config(model: &Path) -> Result<Option<Value>, ImportError> {
+    json_beside(&model.parent().unwrap_or(Path::new("")).join("genai_config.json"))
+}
+
 impl Beside {
     pub(super) fn read(path: &Path) -> Result<Self, ImportError> {
         let folder = path.parent().unwrap_or(Path::new(""));
         let config = json_beside(&folder.join("config.json"))?.filter(Value::is_object);
-        let genai = json_beside(&folder.join("genai_config.json"))?.unwrap_or(Value::Null);
+        let genai = genai_config(path)?.unwrap_or(Value::Null);
         // The graph decides what is computed; a configuration of another family says nothing about it.
         let known = config.as_ref().and_then(|c| read_config(path, c).ok());
         let genai_model = &genai["model"];

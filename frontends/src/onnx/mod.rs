@@ -37,6 +37,7 @@ use std::sync::Arc;
 
 use qrmc_ir::RopeAttr;
 
+pub use self::facts::genai_config;
 pub use self::header::{OnnxHeader, OnnxNode};
 
 use self::build::Build;

@@ -56,7 +56,7 @@ pub fn plan<'a>(
     vocabulary: Vec<(String, Meta)>,
 ) -> Result<GgufPlan<'a>, ExportError> {
     weights_only(view, NAME)?;
-    no_caches(view, NAME)?;
+    no_caches(view, "gguf files have no such cache")?;
     let mut tensors = Vec::new();
     let mut kinds = Vec::new();
     for e in &view.entries {

@@ -181,17 +181,15 @@ pub(super) fn weights_only(view: &View, format: &str) -> Result<(), ExportError>
         ))
         .hint("--format compressed-tensors and --format ascend do; or compile the weights alone"));
     }
-    no_caches(view, format)
+    no_caches(view, &format!("{format} files have no such cache"))
 }
 
 /// Refuses rounding of caches.
-pub(super) fn no_caches(view: &View, format: &str) -> Result<(), ExportError> {
+pub(super) fn no_caches(view: &View, why: &str) -> Result<(), ExportError> {
     match view.caches.first() {
         None => Ok(()),
-        Some(spec) => Err(ExportError::illegal(format!(
-            "keys or values are cached as {spec}; {format} files have no such cache"
-        ))
-        .hint("compile without kv, or run the artefact with qrmc")),
+        Some(spec) => Err(ExportError::illegal(format!("keys or values are cached as {spec}; {why}"))
+            .hint("compile without kv, or run the artefact with qrmc")),
     }
 }
 

@@ -16,9 +16,7 @@ const GROUPED: &str = "com.microsoft.GroupQueryAttention";
 /// What of a model would be refused. Its graph need not be one that qrmc reads.
 pub(super) fn faults(model: &Path) -> Result<Vec<Fault>, Failure> {
     let header = OnnxHeader::read(model)?;
-    let genai = model.parent().unwrap_or(Path::new("")).join(GENAI);
-    let genai: Option<Value> =
-        std::fs::read(&genai).ok().map(|text| serde_json::from_slice(&text).unwrap_or_default());
+    let genai = qrmc_frontends::genai_config(model)?;
     let said = genai.as_ref().and_then(|g| g["model"]["decoder"]["head_size"].as_u64());
     let grouped = header.nodes.iter().any(|n| n.op == GROUPED);
     let head = match said {

@@ -17,7 +17,7 @@ pub(in crate::export) fn fits(spec: QuantSpec) -> bool {
 /// Refuses caches that the NPU does not read; says whether there are some that it does.
 pub(super) fn checked(view: &View, src: &dyn WeightSource) -> Result<bool, ExportError> {
     if !view.caches.iter().all(|spec| fits(*spec)) {
-        no_caches(view, "ascend")?;
+        no_caches(view, "ascend files have no such cache")?;
     }
     if view.caches.is_empty() {
         return Ok(false);
