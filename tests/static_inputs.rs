@@ -11,7 +11,7 @@ use qrmc_runtime::engine::CpuEngine;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use crate::formats::stored;
+use crate::formats::{integers, stored};
 use crate::passes::{compile, windows};
 use crate::run::{ok, run};
 use crate::support::{Source, TINY, data, import};
@@ -59,9 +59,9 @@ pub(crate) fn walk(
     }
 }
 
-/// The largest magnitude of each input of linear layers of each layer of a float model.
-fn largest(calibration: &Calibration) -> Vec<Vec<f32>> {
-    let mut out: Vec<Vec<f32>> = Vec::new();
+/// The smallest and the largest value of each input of linear layers of each layer of a float model, and 0.
+fn ends(calibration: &Calibration) -> Vec<Vec<(f32, f32)>> {
+    let mut out: Vec<Vec<(f32, f32)>> = Vec::new();
     let inputs = |f: &Func| {
         let mut wanted: Vec<ValueId> = Vec::new();
         for n in f.nodes.iter().filter(|n| n.op == Op::MatMul { trans_b: true }) {
@@ -73,9 +73,9 @@ fn largest(calibration: &Calibration) -> Vec<Vec<f32>> {
     };
     walk(calibration, inputs, |at, values| {
         out.resize(out.len().max(at + 1), Vec::new());
-        out[at].resize(values.len(), 0.0);
-        for (most, t) in out[at].iter_mut().zip(values) {
-            *most = t.as_f32().unwrap().iter().fold(*most, |m, v| m.max(v.abs()));
+        out[at].resize(values.len(), (0.0, 0.0));
+        for (ends, t) in out[at].iter_mut().zip(values) {
+            *ends = t.as_f32().unwrap().iter().fold(*ends, |(low, high), v| (low.min(*v), high.max(*v)));
         }
     });
     out
@@ -86,16 +86,22 @@ fn a_scale_is_the_largest_magnitude_over_127() {
     let calibration = windows(256, 3, 16);
     let (unit, ..) = compile(MODEL, "static-inputs{scale=f32}", &calibration);
     let (rounded, ..) = compile(MODEL, "static-inputs", &calibration);
-    for (at, most) in largest(&calibration).iter().enumerate() {
+    let (zeroed, ..) = compile(MODEL, "static-inputs{scale=f32,sym=false}", &calibration);
+    for (at, ends) in ends(&calibration).iter().enumerate() {
         let inputs = coded(&unit, at);
         // q, k and v share one, and gate and up.
         assert_eq!(inputs.iter().map(|i| i.2).collect::<Vec<_>>(), [3, 1, 2, 1]);
-        for ((spec, name, _), most) in inputs.iter().zip(most) {
+        for (((spec, name, _), (asym, ..)), (low, high)) in inputs.iter().zip(coded(&zeroed, at)).zip(ends) {
             let scale = |unit: &Unit| unit.weights.read(name).unwrap().as_f32().unwrap().to_vec();
             assert_eq!(*spec, QuantSpec::sym(8, Grain::Tensor));
-            let have = scale(&unit)[0];
+            let (have, most) = (scale(&unit)[0], high.max(-low));
             assert!((have * 127.0 - most).abs() < 1e-5 * most, "{name}: {have} for {most}");
             assert_eq!(scale(&rounded), [bf16::from_f32(have).to_f32()], "{name}");
+            assert_eq!(asym, QuantSpec::asym(8, Grain::Tensor));
+            let (step, range) = (scale(&zeroed)[0], high - low);
+            assert!((step * 255.0 - range).abs() < 1e-5 * range, "{name}: {step} for {range}");
+            let zero = zeroed.weights.read(&name.replace(".scale", ".zero")).unwrap();
+            assert_eq!(integers(&zero, 0), [(-low / step).round_ties_even() as u32], "{name}");
         }
     }
 }
@@ -127,6 +133,14 @@ pub(crate) fn get(file: &Path, name: &str) -> (Vec<f64>, Vec<usize>) {
     let view = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
     let values = match view.dtype() {
         Dtype::I8 => view.data().iter().map(|&b| f64::from(b as i8)).collect(),
+        // Floats in the low half.
+        Dtype::I64 => {
+            let wide = |b: &[u8]| i64::from_le_bytes(b.try_into().unwrap());
+            view.data()
+                .chunks(8)
+                .map(|b| f64::from(f32::from_bits(u32::try_from(wide(b)).unwrap())))
+                .collect()
+        }
         Dtype::I32 => {
             view.data().chunks(4).map(|b| f64::from(i32::from_le_bytes(b.try_into().unwrap()))).collect()
         }
@@ -134,6 +148,7 @@ pub(crate) fn get(file: &Path, name: &str) -> (Vec<f64>, Vec<usize>) {
             let elem = match dtype {
                 Dtype::F32 => qrmc_ir::Elem::F32,
                 Dtype::BF16 => qrmc_ir::Elem::BF16,
+                Dtype::F16 => qrmc_ir::Elem::F16,
                 other => panic!("{name} is {other:?}"),
             };
             let t = Tensor::from_le_bytes(elem, view.shape(), view.data()).unwrap();
@@ -162,7 +177,19 @@ fn computed(a: &Artefact, f: &Func, linear: &str, x: &Tensor) -> Vec<f64> {
 fn exports_compute_what_the_artefact_does() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    compiled(d, "static-inputs,annotate{w=8,group=row,sym=true,scale=bf16},rtn", "a");
+    for (options, ty, dtype) in [
+        ("scale=bf16", "bf16", Dtype::F32),
+        ("scale=f16", "f16", Dtype::I64),
+        ("scale=bf16,sym=false", "bf16", Dtype::F32),
+    ] {
+        let pass = format!("static-inputs{{{options}}},annotate{{w=8,group=row,sym=true,scale={ty}}},rtn");
+        compiled(d, &pass, "a");
+        exported(d, options.contains("sym=false"), dtype);
+    }
+}
+
+/// Exports the artefact `a`, and holds what the files say against what it computes.
+fn exported(d: &Path, zero: bool, dtype: Dtype) {
     ok(d, &["check", "a", "--parity"]);
     let said = ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
     assert!(said.contains("multiples of deq_scale"), "{said}");
@@ -173,11 +200,15 @@ fn exports_compute_what_the_artefact_does() {
         |path: &str| -> Value { serde_json::from_slice(&std::fs::read(d.join(path)).unwrap()).unwrap() };
     let description = json("x/quant_model_description.json");
     assert_eq!(description["model_quant_type"], "W8A8");
-    assert_eq!(json("x/config.json")["torch_dtype"], "bfloat16");
+    let half = dtype == Dtype::I64;
+    assert_eq!(json("x/config.json")["torch_dtype"], if half { "float16" } else { "bfloat16" });
     let quantization = &json("c/config.json")["quantization_config"];
     assert_eq!(quantization["format"], "int-quantized");
     let inputs = &quantization["config_groups"]["group_0"]["input_activations"];
-    for (key, want) in [("num_bits", "8"), ("strategy", "\"tensor\""), ("dynamic", "false")] {
+    let symmetric = (!zero).to_string();
+    for (key, want) in
+        [("num_bits", "8"), ("strategy", "\"tensor\""), ("dynamic", "false"), ("symmetric", &symmetric)]
+    {
         assert_eq!(inputs[key].to_string(), want, "{key}");
     }
     let (npu, ct) = (d.join("x/quant_model_weights.safetensors"), d.join("c/model.safetensors"));
@@ -194,29 +225,41 @@ fn exports_compute_what_the_artefact_does() {
         let (weight, shape) = of(&npu, "weight");
         let (rows, cols) = (shape[0], shape[1]);
         let (scale, one) = of(&npu, "input_scale");
-        assert_eq!((of(&npu, "input_offset"), one), ((vec![0.0], vec![1]), vec![1]));
+        let (offset, shape) = of(&npu, "input_offset");
+        assert_eq!((one, shape, zero), (vec![1], vec![1], offset[0] != 0.0));
         let (deq, quant_bias) = (of(&npu, "deq_scale"), of(&npu, "quant_bias"));
         assert_eq!((&deq.1, &quant_bias.1), (&vec![rows], &vec![rows]));
+        let bytes = std::fs::read(&npu).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(file.tensor(&format!("{name}.deq_scale")).unwrap().dtype(), dtype);
         assert_eq!(of(&ct, "weight").0, weight);
         assert_eq!(of(&ct, "input_scale"), (scale.clone(), vec![1]));
+        if zero {
+            assert_eq!(of(&ct, "input_zero_point"), (offset.clone(), vec![1]));
+        }
         let (weight_scale, bias) = (of(&ct, "weight_scale").0, of(&ct, "bias").0);
-        // A fifth more than the scale reaches: the largest are cut off.
+        // A fifth more than the codes reach: the ends are cut off.
         let draws = qrmc_passes::seeded_tokens(5, tokens * cols, 1 << 16);
-        let draw = |r: &i32| (f64::from(*r) / 32768.0 - 1.0) * 1.2 * 127.0 * scale[0];
+        let draw = |r: &i32| ((f64::from(*r) / 32768.0 - 1.0) * 1.2 * 127.0 - offset[0]) * scale[0];
         let x: Vec<f32> = draws.as_i32().unwrap().iter().map(|r| draw(r) as f32).collect();
         let want = computed(&a, f, &name, &Tensor::f32([1, tokens, cols], x.clone()));
         let largest = want.iter().fold(0.0f64, |m, y| m.max(y.abs()));
-        let code = |x: &f32| (f64::from(*x) * (1.0 / scale[0])).round_ties_even().clamp(-128.0, 127.0) as i64;
+        let code = |x: &f32| {
+            (f64::from(*x) * (1.0 / scale[0]) + offset[0]).round_ties_even().clamp(-128.0, 127.0) as i64
+        };
         let codes: Vec<i64> = x.iter().map(code).collect();
         assert!(codes.contains(&127) && codes.contains(&-128));
         for (t, codes) in codes.chunks(cols).enumerate() {
             for n in 0..rows {
-                let sum: i64 = codes.iter().zip(&weight[n * cols..]).map(|(q, w)| q * *w as i64).sum();
+                let row = &weight[n * cols..][..cols];
+                let sum = |offset: i64| -> i64 {
+                    codes.iter().zip(row).map(|(q, w)| (q - offset) * *w as i64).sum()
+                };
                 let y = want[t * rows + n];
-                let operator = (sum + quant_bias.0[n] as i64) as f64 * deq.0[n];
+                let operator = (sum(0) + quant_bias.0[n] as i64) as f64 * deq.0[n];
                 // Half a unit of the bias, and the sums of the artefact in f32.
                 assert!((operator - y).abs() <= 0.5 * deq.0[n] + 1e-6 * largest, "{name}: {operator} {y}");
-                let float = sum as f64 * scale[0] * weight_scale[n] + bias[n];
+                let float = sum(offset[0] as i64) as f64 * scale[0] * weight_scale[n] + bias[n];
                 assert!((float - y).abs() <= 1e-6 * largest, "{name}: {float} for {y}");
             }
         }
@@ -296,7 +339,7 @@ fn what_has_no_place_is_refused_by_name() {
         (
             "static-inputs{scale=f32},annotate{w=8,group=row,sym=true},rtn",
             "ascend",
-            "is no bf16, and ascend files of W8A8 are for models in bf16",
+            "is no bf16, the type of the model, to which the loader rounds it",
         ),
         (
             "static-inputs{bits=4},annotate{w=4,group=row,sym=true},rtn",

@@ -93,7 +93,8 @@ pub(crate) fn magnitudes(
     readers: &[Linear],
     batches: &[Tensor],
 ) -> Result<(Vec<f32>, Vec<f32>), PassError> {
-    let xmax = largest(unit, cx, f.ty(x), batches)?;
+    let [max, min] = ends(unit, cx, f.ty(x), batches)?;
+    let xmax = max.iter().zip(&min).map(|(a, b)| a.max(-b)).collect();
     let mut wmax = Vec::new();
     let weights: Vec<ValueId> = readers.iter().map(|l| l.w).collect();
     for t in &cx.run(unit, &column_max(unit, f, &weights)?, &[])? {
@@ -102,30 +103,36 @@ pub(crate) fn magnitudes(
     Ok((xmax, wmax))
 }
 
-/// The largest magnitude by channel over all batches of a value of this type.
-pub(crate) fn largest(
+/// The largest and the smallest value by channel over all batches of a value of this type.
+pub(crate) fn ends(
     unit: &Unit,
     cx: &PassCx<'_>,
     ty: &TensorType,
     batches: &[Tensor],
-) -> Result<Vec<f32>, PassError> {
-    let func = cx.engine.prepare(&unit.module, &absmax(&unit.module, ty)?, &unit.weights)?;
-    let mut most = Vec::new();
+) -> Result<[Vec<f32>; 2], PassError> {
+    let func = cx.engine.prepare(&unit.module, &maxima(&unit.module, ty)?, &unit.weights)?;
+    let mut most = [Vec::new(), Vec::new()];
     for t in batches {
-        widen(&mut most, &func.run(&[t])?[0]);
+        for (most, t) in most.iter_mut().zip(func.run(&[t])?) {
+            widen(most, &t);
+        }
     }
+    most[1].iter_mut().for_each(|x| *x = -*x);
     Ok(most)
 }
 
-/// `@absmax(x [B, S, n]) -> [1, 1, n]`
-fn absmax(module: &qrmc_ir::Module, ty: &TensorType) -> Result<Func, Diag> {
-    let mut b = Builder::new(module, "absmax");
+/// `@maxima(x [B, S, n]) -> max of x [1, 1, n], max of -x [1, 1, n]`
+fn maxima(module: &qrmc_ir::Module, ty: &TensorType) -> Result<Func, Diag> {
+    let mut b = Builder::new(module, "maxima");
     let x = b.param(Some("x"), ty.clone());
-    let mut y = b.op1(Op::Unary(UnaryOp::Abs), &[x])?;
-    for axis in (0..b.ty(y).shape.rank().saturating_sub(1)).rev() {
-        y = b.op1(Op::Reduce(ReduceOp::Max, axis as u8), &[y])?;
+    let negated = b.op1(Op::Unary(UnaryOp::Neg), &[x])?;
+    let mut outs = [x, negated];
+    for v in &mut outs {
+        for axis in (0..b.ty(*v).shape.rank().saturating_sub(1)).rev() {
+            *v = b.op1(Op::Reduce(ReduceOp::Max, axis as u8), &[*v])?;
+        }
     }
-    Ok(b.finish(&[y]))
+    Ok(b.finish(&outs))
 }
 
 /// `@column_max() -> [1, n]` for each weight: the largest magnitude in each column.
@@ -141,7 +148,7 @@ fn column_max(unit: &Unit, f: &Func, weights: &[ValueId]) -> Result<Func, Diag> 
 }
 
 /// Elementwise maximum; `most` is empty before the first.
-pub(crate) fn widen(most: &mut Vec<f32>, t: &Tensor) {
+fn widen(most: &mut Vec<f32>, t: &Tensor) {
     let v = t.as_f32().unwrap_or(&[]);
     most.resize(v.len(), f32::NEG_INFINITY);
     most.iter_mut().zip(v).for_each(|(m, x)| *m = m.max(*x));

@@ -1,14 +1,12 @@
 //! `static-caches`: cached keys and values as signed codes with one calibrated scale a channel.
 
-use qrmc_ir::{
-    Diag, Func, FuncId, Grain, Module, Op, Place, QuantSpec, ScaleType, ValueId, WeightId, rewrite,
-};
+use qrmc_ir::{Diag, Func, FuncId, Grain, Module, Op, Place, QuantSpec, ScaleType, ValueId, rewrite};
 
 use crate::edges::caches;
 use crate::options::{CacheBits, OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::skip::{Skip, Skipped};
-use crate::static_scales::{self, StaticScales, Target, round_trip};
+use crate::static_scales::{self, Sides, StaticScales, Target, round_trip};
 use crate::unit::Unit;
 
 options! {
@@ -75,23 +73,17 @@ impl StaticScales for Caches {
 
     fn targets(&self, unit: &Unit, layer: FuncId, index: usize) -> Result<Vec<Target>, PassError> {
         let rows = appended(unit.module.func(layer), &self.skip, index)?;
-        let name = |keys: bool| format!("cached_{}.scale", if keys { "keys" } else { "values" });
+        let name = |keys: bool| format!("cached_{}", if keys { "keys" } else { "values" });
         Ok(rows.into_iter().map(|(keys, value)| Target { name: name(keys), value }).collect())
     }
 
-    fn insert(
-        &self,
-        unit: &Unit,
-        layer: FuncId,
-        index: usize,
-        scales: &[WeightId],
-    ) -> Result<Func, PassError> {
+    fn insert(&self, unit: &Unit, layer: FuncId, index: usize, sides: &[Sides]) -> Result<Func, PassError> {
         let f = unit.module.func(layer);
         let rows = appended(f, &self.skip, index)?;
         let new = rewrite(&unit.module, f, |b, node, ins| {
             let Op::CacheAppend = node.op else { return Ok(None) };
             let Some(at) = rows.iter().position(|(_, v)| *v == node.ins[1]) else { return Ok(None) };
-            let row = round_trip(b, self.spec, ins[1], scales[at])?;
+            let row = round_trip(b, self.spec, ins[1], &sides[at])?;
             b.op(Op::CacheAppend, &[ins[0], row]).map(Some)
         })?;
         Ok(new)

@@ -1,14 +1,12 @@
-//! `static-inputs`: the inputs of linear layers as signed codes with one calibrated scale for the whole tensor.
+//! `static-inputs`: the inputs of linear layers as codes with one calibrated scale for the whole tensor.
 
-use qrmc_ir::{
-    Diag, Func, FuncId, Grain, Module, Op, Place, QuantSpec, ScaleType, ValueId, WeightId, rewrite,
-};
+use qrmc_ir::{Diag, Func, FuncId, Grain, Module, Op, Place, QuantSpec, ScaleType, ValueId, rewrite};
 
 use crate::edges::{Linear, inputs, key, role};
 use crate::options::{Bits, OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::skip::{Skip, Skipped};
-use crate::static_scales::{self, StaticScales, Target, round_trip};
+use crate::static_scales::{self, Sides, StaticScales, Target, round_trip};
 use crate::unit::Unit;
 
 options! {
@@ -16,6 +14,8 @@ options! {
     struct StaticInputsOptions {
         /// bits of an input
         bits: Bits = Bits(8),
+        /// signed codes without a zero point; else unsigned ones with one
+        sym: bool = true,
         /// type in which scales are stored; loaders of static scales compute in it
         scale: ScaleType = ScaleType::BF16,
         /// layers and linear layers whose inputs stay as they are
@@ -28,7 +28,11 @@ pub(crate) struct StaticInputs(pub(crate) StaticInputsOptions);
 
 impl StaticInputsOptions {
     fn on(&self, module: &Module) -> Result<Inputs, Diag> {
-        let spec = QuantSpec { scale: self.scale, ..QuantSpec::sym(self.bits.0, Grain::Tensor) };
+        let spec = match self.sym {
+            true => QuantSpec::sym(self.bits.0, Grain::Tensor),
+            false => QuantSpec::asym(self.bits.0, Grain::Tensor),
+        };
+        let spec = QuantSpec { scale: self.scale, ..spec };
         Ok(Inputs { spec, skip: self.skip.on(module)? })
     }
 }
@@ -37,7 +41,7 @@ impl Pass for StaticInputs {
     fn info(&self) -> PassInfo {
         PassInfo {
             name: "static-inputs",
-            summary: "quantize each input of linear layers by one calibrated scale, from its largest magnitude",
+            summary: "quantize each input of linear layers by one calibrated scale, from its ends on the calibration text",
             preserves: Preserves::Exact,
             accepts: (Stage::Float, Stage::Rounded),
             calibrates: true,
@@ -77,17 +81,11 @@ impl StaticScales for Inputs {
         let f = unit.module.func(layer);
         let read = self.read(&unit.module, f, index);
         plain(&unit.module, f, &read)?;
-        let target = |(x, _): &(ValueId, _)| Target { name: format!("{}.scale", key(f, *x)), value: *x };
+        let target = |(x, _): &(ValueId, _)| Target { name: key(f, *x), value: *x };
         Ok(read.iter().map(target).collect())
     }
 
-    fn insert(
-        &self,
-        unit: &Unit,
-        layer: FuncId,
-        index: usize,
-        scales: &[WeightId],
-    ) -> Result<Func, PassError> {
+    fn insert(&self, unit: &Unit, layer: FuncId, index: usize, sides: &[Sides]) -> Result<Func, PassError> {
         let f = unit.module.func(layer);
         let read = self.read(&unit.module, f, index);
         let mut done: Vec<Option<ValueId>> = vec![None; read.len()];
@@ -98,7 +96,7 @@ impl StaticScales for Inputs {
             let Some(at) = read.iter().position(reads) else { return Ok(None) };
             let x = match done[at] {
                 Some(x) => x,
-                None => *done[at].insert(round_trip(b, self.spec, ins[0], scales[at])?),
+                None => *done[at].insert(round_trip(b, self.spec, ins[0], &sides[at])?),
             };
             Ok(Some(vec![b.linear(x, ins[1])?]))
         })?;

@@ -1,18 +1,13 @@
 //! `static-keys`: KVQuant*'s keys, quantized before their positions are in them, with one static scale a channel
 //! (methods.md §6.1).
 
-use qrmc_ir::grid::qparam;
-use qrmc_ir::{
-    BinaryOp, Builder, Diag, Func, FuncId, Grain, Module, Op, QuantSpec, ReduceOp, Rule, Tensor, TensorType,
-    UnaryOp, ValueId, rewrite,
-};
+use qrmc_ir::{BinaryOp, Diag, Func, FuncId, Grain, Module, Op, QuantSpec, ValueId, rewrite};
 
-use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
 use crate::edges::caches;
 use crate::options::{CacheBits, OptionValue, options};
 use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
-use crate::skip::Skip;
-use crate::smooth::widen;
+use crate::skip::{Skip, Skipped};
+use crate::static_scales::{self, Sides, StaticScales, Target, round_trip};
 use crate::unit::Unit;
 
 options! {
@@ -51,17 +46,53 @@ impl Pass for StaticKeys {
     }
 
     fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
-        let o = &self.0;
-        let skip = o.skip.on(&unit.module)?;
-        let name = self.call().to_string();
-        let spec = QuantSpec::asym(o.bits.0, Grain::Channel);
-        let mut work = |unit: &Unit, cx: &mut PassCx<'_>, run: &LayerRun<'_>| {
-            let left_alone = skip.layer(run.index);
-            measure(o.pre_bias, left_alone, spec, unit, cx, run)
-        };
-        let apply =
-            |unit: &mut Unit, func: FuncId, result: LayerResult| insert(o.pre_bias, spec, unit, func, result);
-        walk_layers(unit, cx, (&name, Stream::Before), &mut work, &mut |u, f, r, _| apply(u, f, r))
+        static_scales::run(&self.0.on(&unit.module)?, &self.call().to_string(), unit, cx)
+    }
+
+    fn outline(&self, unit: &mut Unit) -> Result<(), PassError> {
+        static_scales::outline(&self.0.on(&unit.module)?, unit)
+    }
+}
+
+impl StaticKeysOptions {
+    fn on(&self, module: &Module) -> Result<Keys, Diag> {
+        let spec = QuantSpec::asym(self.bits.0, Grain::Channel);
+        Ok(Keys { spec, pre_bias: self.pre_bias, skip: self.skip.on(module)? })
+    }
+}
+
+/// The pass on a module.
+struct Keys {
+    spec: QuantSpec,
+    pre_bias: bool,
+    skip: Skipped,
+}
+
+impl StaticScales for Keys {
+    fn spec(&self) -> QuantSpec {
+        self.spec
+    }
+
+    fn targets(&self, unit: &Unit, layer: FuncId, index: usize) -> Result<Vec<Target>, PassError> {
+        if self.skip.layer(index) {
+            return Ok(Vec::new());
+        }
+        let value = keys(unit.module.func(layer), self.pre_bias)?;
+        Ok(vec![Target { name: "keys".into(), value }])
+    }
+
+    fn insert(&self, unit: &Unit, layer: FuncId, index: usize, sides: &[Sides]) -> Result<Func, PassError> {
+        let f = unit.module.func(layer);
+        let targets = self.targets(unit, layer, index)?;
+        let new = rewrite(&unit.module, f, |b, node, ins| {
+            let made = |v: ValueId| node.outs.iter().position(|o| *o == v);
+            let found = targets.iter().zip(sides).find_map(|(t, sides)| Some((made(t.value)?, sides)));
+            let Some((at, sides)) = found else { return Ok(None) };
+            let mut outs = b.op(node.op.clone(), ins)?;
+            outs[at] = round_trip(b, self.spec, outs[at], sides)?;
+            Ok(Some(outs))
+        })?;
+        Ok(new)
     }
 }
 
@@ -86,84 +117,11 @@ fn keys(f: &Func, pre_bias: bool) -> Result<ValueId, Diag> {
     })
 }
 
-/// `@ends(x [B, S, n]) -> max [1, 1, n], max of -x [1, 1, n]`
-fn ends(module: &Module, ty: &TensorType) -> Result<Func, Diag> {
-    let mut b = Builder::new(module, "ends");
-    let x = b.param(Some("x"), ty.clone());
-    let low = b.op1(Op::Unary(UnaryOp::Neg), &[x])?;
-    let mut outs = [x, low];
-    for v in &mut outs {
-        for axis in (0..b.ty(*v).shape.rank().saturating_sub(1)).rev() {
-            *v = b.op1(Op::Reduce(ReduceOp::Max, axis as u8), &[*v])?;
-        }
-    }
-    Ok(b.finish(&outs))
-}
-
-fn measure(
-    pre_bias: bool,
-    left_alone: bool,
-    spec: QuantSpec,
-    unit: &Unit,
-    cx: &mut PassCx<'_>,
-    run: &LayerRun<'_>,
-) -> Result<(LayerResult, Vec<Tensor>), PassError> {
-    let f = unit.module.func(run.func).clone();
-    let k = keys(&f, pre_bias)?;
-    let (values, next) = observe(unit, cx, run, &[k])?;
-    if left_alone {
-        return Ok((LayerResult::new(), next));
-    }
-    let func = cx.engine.prepare(&unit.module, &ends(&unit.module, f.ty(k))?, &unit.weights)?;
-    let mut most = [Vec::new(), Vec::new()];
-    for t in &values[0] {
-        for (most, t) in most.iter_mut().zip(func.run(&[t])?) {
-            widen(most, &t);
-        }
-    }
-    let n = most[0].len();
-    let (mut scale, mut zero) = (Vec::with_capacity(n), Vec::with_capacity(n));
-    for (max, low) in most[0].iter().zip(&most[1]) {
-        let row = QuantSpec { grain: Grain::Token, ..spec };
-        let q = qparam(&[*max, -*low], row, Rule::Dynamic);
-        scale.push(q.scale);
-        zero.push(q.zero as u8);
-    }
-    let zero = Tensor::new([n], qrmc_ir::Data::U8(zero));
-    Ok((vec![("scale".into(), Tensor::f32([n], scale)), ("zero".into(), zero)], next))
-}
-
-fn insert(
-    pre_bias: bool,
-    spec: QuantSpec,
-    unit: &mut Unit,
-    func: FuncId,
-    result: LayerResult,
-) -> Result<(), PassError> {
-    let [scale, zero] = &result[..] else { return Ok(()) };
-    let name = unit.module.func(func).name.clone();
-    let ids = [
-        unit.define(&format!("{name}.keys.scale"), scale.1.clone())?,
-        unit.define_integers(&format!("{name}.keys.zero"), zero.1.clone())?,
-    ];
-    let f = unit.module.func(func);
-    let k = keys(f, pre_bias)?;
-    let new = rewrite(&unit.module, f, |b, node, ins| {
-        let Some(at) = node.outs.iter().position(|o| *o == k) else { return Ok(None) };
-        let mut outs = b.op(node.op.clone(), ins)?;
-        let sides = ids.map(|id| b.weight(id));
-        let codes = b.op1(Op::QCast(spec), &[outs[at], sides[0], sides[1]])?;
-        outs[at] = b.op1(Op::DCast, &[codes, sides[0], sides[1]])?;
-        Ok(Some(outs))
-    })?;
-    unit.module.funcs[func.0 as usize] = new;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qrmc_ir::grid::{dequantize, quantize};
+    use qrmc_ir::Rule;
+    use qrmc_ir::grid::{dequantize, qparam, quantize};
 
     // methods.md §6.1 [golden].
     #[test]

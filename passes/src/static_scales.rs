@@ -1,24 +1,24 @@
-//! Codes with stored scales: the values of each layer that a pass names get scales from their largest magnitudes on the
-//! calibration text.
+//! Codes with stored scales: the values of each layer that a pass names get scales, and zero points where the scheme has
+//! them, from their ends on the calibration text.
 
-use qrmc_ir::grid::qparam;
-use qrmc_ir::{Builder, Diag, Func, FuncId, Grain, Op, QuantSpec, Rule, Tensor, ValueId, WeightId};
+use qrmc_ir::grid::{QParam, qparam};
+use qrmc_ir::{Builder, Data, Diag, Func, FuncId, Grain, Op, QuantSpec, Rule, Tensor, ValueId, WeightId};
 
 use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
 use crate::pass::{PassCx, PassError};
-use crate::smooth::largest;
+use crate::smooth::ends;
 use crate::unit::Unit;
 
 /// A value that gets codes.
 pub(crate) struct Target {
-    /// What its scales are called behind the name of the layer.
+    /// What stands between the name of the layer and `scale` or `zero`.
     pub(crate) name: String,
     pub(crate) value: ValueId,
 }
 
 /// Which values get codes, and who reads them then.
 pub(crate) trait StaticScales {
-    /// Signed codes, with a scale for the tensor or for each channel.
+    /// One scale for the tensor, or one for each channel.
     fn spec(&self) -> QuantSpec;
 
     /// The values of a layer that get codes.
@@ -27,29 +27,26 @@ pub(crate) trait StaticScales {
     /// If something rounds one of them already.
     fn targets(&self, unit: &Unit, layer: FuncId, index: usize) -> Result<Vec<Target>, PassError>;
 
-    /// The layer with the values rounded by these scales, one of each target.
+    /// The layer with the values rounded; `sides` has the scale and zero point of each target.
     ///
     /// # Errors
     /// If the graph cannot say it.
-    fn insert(
-        &self,
-        unit: &Unit,
-        layer: FuncId,
-        index: usize,
-        scales: &[WeightId],
-    ) -> Result<Func, PassError>;
+    fn insert(&self, unit: &Unit, layer: FuncId, index: usize, sides: &[Sides]) -> Result<Func, PassError>;
 }
 
-/// `dcast(qcast(x))` by a stored scale.
+/// A stored scale and, where the scheme has one, zero point.
+pub(crate) type Sides = Vec<WeightId>;
+
+/// `dcast(qcast(x))` by stored numbers.
 pub(crate) fn round_trip(
     b: &mut Builder<'_>,
     spec: QuantSpec,
     x: ValueId,
-    scale: WeightId,
+    sides: &Sides,
 ) -> Result<ValueId, Diag> {
-    let scale = b.weight(scale);
-    let codes = b.op1(Op::QCast(spec), &[x, scale])?;
-    b.op1(Op::DCast, &[codes, scale])
+    let sides: Vec<ValueId> = sides.iter().map(|w| b.weight(*w)).collect();
+    let codes = b.op1(Op::QCast(spec), &[&[x], &sides[..]].concat())?;
+    b.op1(Op::DCast, &[&[codes], &sides[..]].concat())
 }
 
 /// Calibrates and inserts, a layer at a time. `name` is the pass in normal form.
@@ -74,7 +71,7 @@ pub(crate) fn run(
     walk_layers(unit, cx, (name, Stream::Before), &mut work, &mut |u, f, r, _| apply(u, f, r))
 }
 
-/// Inserts scales of 1.
+/// Inserts scales of 1 and zero points of 1.
 ///
 /// # Errors
 /// As [`StaticScales::targets`].
@@ -84,16 +81,23 @@ pub(crate) fn outline(what: &dyn StaticScales, unit: &mut Unit) -> Result<(), Pa
         for t in what.targets(unit, layer, index)? {
             let shape = &unit.module.func(layer).ty(t.value).shape;
             let channels = shape.last().and_then(qrmc_ir::Dim::fixed).unwrap_or(0);
-            result.push(item(&t, vec![1.0; if what.spec().grain == Grain::Channel { channels } else { 1 }]));
+            let count = if what.spec().grain == Grain::Channel { channels } else { 1 };
+            result.extend(items(&t, what.spec(), &vec![QParam { scale: 1.0, zero: 1 }; count]));
         }
         insert(what, unit, layer, index, &result)?;
     }
     Ok(())
 }
 
-/// What is calibrated of a value.
-fn item(t: &Target, scales: Vec<f32>) -> (String, Tensor) {
-    (t.name.clone(), Tensor::f32([scales.len()], scales))
+/// What is calibrated of a value: scales `[1]` or `[n]`, and zero points of the same shape.
+fn items(t: &Target, spec: QuantSpec, params: &[QParam]) -> Vec<(String, Tensor)> {
+    let scale = Tensor::f32([params.len()], params.iter().map(|p| p.scale).collect());
+    let zero = || Data::U8(params.iter().map(|p| p.zero as u8).collect());
+    let mut out = vec![(format!("{}.scale", t.name), scale)];
+    if spec.zero {
+        out.push((format!("{}.zero", t.name), Tensor::new([params.len()], zero())));
+    }
+    out
 }
 
 fn measure(
@@ -106,15 +110,16 @@ fn measure(
     let wanted: Vec<ValueId> = targets.iter().map(|t| t.value).collect();
     let (values, next) = observe(unit, cx, run, &wanted)?;
     let spec = what.spec();
-    let scale = |most: &[f32]| qparam(most, spec, Rule::Dynamic).scale;
     let mut result = LayerResult::new();
     for (t, batches) in targets.iter().zip(values) {
-        let most = largest(unit, cx, unit.module.func(run.func).ty(t.value), &batches)?;
-        let scales = match spec.grain {
-            Grain::Channel => most.iter().map(|m| scale(&[*m])).collect(),
-            _ => vec![scale(&most)],
+        let [max, min] = ends(unit, cx, unit.module.func(run.func).ty(t.value), &batches)?;
+        let params: Vec<QParam> = match spec.grain {
+            Grain::Channel => {
+                max.iter().zip(&min).map(|(a, b)| qparam(&[*a, *b], spec, Rule::Dynamic)).collect()
+            }
+            _ => vec![qparam(&[max, min].concat(), spec, Rule::Dynamic)],
         };
-        result.push(item(t, scales));
+        result.extend(items(t, spec, &params));
     }
     Ok((result, next))
 }
@@ -127,11 +132,15 @@ fn insert(
     result: &LayerResult,
 ) -> Result<(), PassError> {
     let name = unit.module.func(layer).name.clone();
-    let mut scales = Vec::new();
-    for (item, scale) in result {
-        scales.push(unit.define(&format!("{name}.{item}"), scale.clone())?);
+    let mut sides: Vec<Sides> = Vec::new();
+    for (item, tensor) in result {
+        let name = format!("{name}.{item}");
+        match (tensor.as_f32(), sides.last_mut()) {
+            (None, Some(sides)) => sides.push(unit.define_integers(&name, tensor.clone())?),
+            _ => sides.push(vec![unit.define(&name, tensor.clone())?]),
+        }
     }
-    let new = what.insert(unit, layer, index, &scales)?;
+    let new = what.insert(unit, layer, index, &sides)?;
     unit.module.funcs[layer.0 as usize] = new;
     Ok(())
 }

@@ -22,7 +22,7 @@ const SIDE: usize = 256;
 const OLD_SIDE: usize = 128;
 
 pub(super) use caches::fits as fits_cache;
-pub use folder::faults;
+pub use folder::{Headers, faults};
 
 /// See the module.
 pub(super) struct Ascend;
@@ -75,13 +75,13 @@ impl Format for Ascend {
 
     fn nearest(&self, l: &Linear, src: &dyn WeightSource) -> Result<Option<QuantSpec>, ExportError> {
         let fits = l.bits() == 4
-            || l.input.whole().is_some()
+            || l.input.one_scale().is_some()
             || l.scales_fit(src, ScaleType::BF16, self.name()).is_ok();
         Ok((!fits).then(|| QuantSpec { scale: ScaleType::BF16, ..l.spec() }))
     }
 
     fn plan<'a>(&self, view: &'a View, src: &dyn WeightSource) -> Result<Plan<'a>, ExportError> {
-        let cached = caches::checked(view, src)?;
+        let cached = caches::checked(view)?;
         float_head(view, self.name())?;
         view.first()?;
         let types: HashMap<&str, Type> = view
@@ -91,18 +91,17 @@ impl Format for Ascend {
         fused(view, &types)?;
         let biases = whole::biases(view);
         let whole = types.values().any(|t| *t == Type::W8A8);
-        for l in view.linears().filter(|l| {
-            (whole || cached) && matches!(types[l.name.as_str()], Type::W8A16 | Type::W8A8Dynamic)
-        }) {
-            l.scales_fit(src, ScaleType::BF16, self.name())?;
-        }
+        // The loader rounds the scales of inputs and caches to this type, and takes the form of deq_scale from it.
+        let compute = if whole || cached { Some(computed_in(view, &types, src)?) } else { None };
         let mut made = Vec::new();
         for e in &view.entries {
             match e {
-                Entry::Linear(l) if types[l.name.as_str()] == Type::W8A8 => {
-                    whole::linear(l, biases.get(l.name.as_str()).copied(), src, &mut made)?;
-                }
-                Entry::Linear(l) => linear(l, types[l.name.as_str()], src, &mut made)?,
+                Entry::Linear(l) => match (types[l.name.as_str()], compute) {
+                    (Type::W8A8, Some(ty)) => {
+                        whole::linear(l, biases.get(l.name.as_str()).copied(), ty, src, &mut made)?;
+                    }
+                    (kind, _) => linear(l, kind, src, &mut made)?,
+                },
                 // Biases of layers with codes are `f32` there.
                 Entry::Plain { stored, plan }
                     if plan.name.strip_suffix(".bias").is_some_and(|m| types.contains_key(m)) =>
@@ -142,8 +141,7 @@ impl Format for Ascend {
         Ok(Plan {
             stem: "quant_model_weights",
             parts: made,
-            // The loader rounds the scales of inputs and caches to this type, and takes the form of deq_scale from it.
-            compute: (whole || cached).then_some(ScaleType::BF16),
+            compute,
             quantization: None,
             files: vec![("quant_model_description.json".to_owned(), text)],
             notes,
@@ -173,9 +171,9 @@ fn kind(l: &Linear, src: &dyn WeightSource) -> Result<Type, ExportError> {
             ),
         };
     };
-    if l.input.whole().is_some() {
+    if l.input.one_scale().is_some() {
         return match (spec.bits, x.bits) {
-            (8, 8) => whole::checked(l, src).map(|()| Type::W8A8),
+            (8, 8) => Ok(Type::W8A8),
             (w, a) => bad(format!("W{w}A{a} with one calibrated scale of inputs"), "W8A8 has a type"),
         };
     }
@@ -205,6 +203,32 @@ fn kind(l: &Linear, src: &dyn WeightSource) -> Result<Type, ExportError> {
             let with = if plain { "" } else { " with a transform" };
             bad(format!("W{w}A{a}{with}"), "W8A8 and W4A4 as they are, and FlatQuant's W4A4, have a type")
         }
+    }
+}
+
+/// The type of the model, for scales that the loader rounds to it: one that holds them all.
+fn computed_in(
+    view: &View,
+    types: &HashMap<&str, Type>,
+    src: &dyn WeightSource,
+) -> Result<ScaleType, ExportError> {
+    let fits = |ty: ScaleType| -> Result<(), ExportError> {
+        for l in view.linears() {
+            match types[l.name.as_str()] {
+                Type::W8A8 => whole::fits(l, ty, src)?,
+                Type::W8A16 | Type::W8A8Dynamic => l.scales_fit(src, ty, "ascend")?,
+                _ => {}
+            }
+        }
+        caches::fit(view, ty, src)
+    };
+    let calibrated = view.linears().filter_map(|l| l.input.one_scale()).chain(view.caches.iter().copied());
+    let half = calibrated.into_iter().any(|x| x.scale == ScaleType::F16);
+    let [first, other] =
+        if half { [ScaleType::F16, ScaleType::BF16] } else { [ScaleType::BF16, ScaleType::F16] };
+    match fits(first) {
+        Ok(()) => Ok(first),
+        Err(e) => fits(other).map(|()| other).map_err(|_| e),
     }
 }
 

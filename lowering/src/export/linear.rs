@@ -89,11 +89,6 @@ impl Rounding {
         let plain = self.scale.is_some() && self.matrices.is_empty();
         self.spec.filter(|x| plain && x.grain == Grain::Tensor && x.signed != x.zero)
     }
-
-    /// As [`Rounding::one_scale`], for codes without zero points alone.
-    pub(super) fn whole(&self) -> Option<QuantSpec> {
-        self.one_scale().filter(|x| !x.zero)
-    }
 }
 
 /// A linear layer with codes.

@@ -277,3 +277,15 @@ pub(super) fn dtype(ty: ScaleType) -> Dtype {
         ScaleType::BF16 => Dtype::BF16,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // methods.md §10.5 [golden]: codes -8 -7 -1 0 1 2 6 7 of W4A4_FLATQUANT_DYNAMIC.
+    #[test]
+    fn four_bits_in_signed_bytes_golden() {
+        let bytes = signed(4, vec![0, 1, 7, 8, 9, 10, 14, 15]);
+        assert_eq!(bytes, [0xF8, 0xF9, 0xFF, 0x00, 0x01, 0x02, 0x06, 0x07]);
+    }
+}

@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use qrmc_frontends::hf::SafetensorsFile;
-use qrmc_ir::{Module, Op};
+use qrmc_ir::{Module, Op, ScaleType};
 use qrmc_lowering::export::rules::{Fault, RUNTIMES, Runtime};
 use qrmc_lowering::export::{View, ascend, rounds};
 use serde_json::{Value, json};
@@ -95,10 +94,14 @@ fn described(runtime: &Runtime, args: &CheckArgs) -> Result<Vec<Fault>, Failure>
     files.sort();
     for file in files {
         // The loader takes every file of tensors in the folder.
-        let open = SafetensorsFile::open(&file)?;
-        tensors.extend(open.tensors().map(|(name, ty)| (name.to_owned(), ty.clone())));
+        let headers = qrmc_frontends::hf::headers(&file)?;
+        tensors.extend(headers.into_iter().map(|(name, dtype, shape)| (name, (dtype, shape))));
     }
-    faults.extend(ascend::faults(description, &tensors, &source, &args.tp));
+    let compute = match config.get("torch_dtype").or_else(|| config.get("dtype")).and_then(Value::as_str) {
+        Some("float16") => ScaleType::F16,
+        _ => ScaleType::BF16,
+    };
+    faults.extend(ascend::faults(description, &tensors, (&source, compute), &args.tp));
     Ok(faults)
 }
 

@@ -15,7 +15,7 @@ pub(in crate::export) fn fits(spec: QuantSpec) -> bool {
 }
 
 /// Refuses caches that the NPU does not read; says whether there are some that it does.
-pub(super) fn checked(view: &View, src: &dyn WeightSource) -> Result<bool, ExportError> {
+pub(super) fn checked(view: &View) -> Result<bool, ExportError> {
     if !view.caches.iter().all(|spec| fits(*spec)) {
         no_caches(view, "ascend files have no such cache")?;
     }
@@ -30,17 +30,22 @@ pub(super) fn checked(view: &View, src: &dyn WeightSource) -> Result<bool, Expor
         ))
         .hint("compile static-caches without skip"));
     }
+    Ok(true)
+}
+
+/// Refuses scales that the loader of a model of this type would round.
+pub(super) fn fit(view: &View, ty: ScaleType, src: &dyn WeightSource) -> Result<(), ExportError> {
     for k in &view.kept {
         let all = scales(k, src)?;
-        if let Some(at) = all.iter().position(|&s| ScaleType::BF16.round(s) != s) {
+        if let Some(at) = all.iter().position(|&s| ty.round(s) != s) {
             return Err(ExportError::illegal(format!(
-                "{}: scale {:e} of cached channel {at} is no bf16, and the loader would round it",
+                "{}: scale {:e} of cached channel {at} is no {ty}, and the loader would round it",
                 k.module, all[at]
             ))
-            .hint("compile with static-caches{scale=bf16}"));
+            .hint("compile with static-caches{scale=bf16}, or f16 for a model in f16"));
         }
     }
-    Ok(true)
+    Ok(())
 }
 
 /// `[kv_heads * head_dim]`

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use qrmc_ir::{Elem, Module, TensorType};
+use qrmc_ir::{Module, ScaleType};
 use serde_json::{Map, Value};
 
+use super::whole::deq_type;
 use super::{Type, pair_of};
+use crate::artefact::Dtype;
 use crate::export::rules::{Fault, differing};
 use crate::export::view::products;
 
@@ -13,12 +15,15 @@ use crate::export::view::products;
 const KEYS: [&str; 7] =
     ["version", "model_quant_type", "group_size", "metadata", "optional", "kv_cache_type", "kv_quant_type"];
 
-/// What vllm-ascend would refuse of a folder: `description` is its JSON, `tensors` are those of its files, and `source` is
-/// the float model that its `config.json` describes.
+/// Element types, as safetensors calls them, and sizes of the tensors of a folder, by name.
+pub type Headers = BTreeMap<String, (String, Vec<usize>)>;
+
+/// What vllm-ascend would refuse of a folder: `description` is its JSON, `tensors` are those of its files, `source` is the
+/// float model that its `config.json` describes, and `compute` the type in which that says to compute.
 pub fn faults(
     description: &Map<String, Value>,
-    tensors: &BTreeMap<String, TensorType>,
-    source: &Module,
+    tensors: &Headers,
+    (source, compute): (&Module, ScaleType),
     ranks: &[u32],
 ) -> Vec<Fault> {
     let mut out = Vec::new();
@@ -50,7 +55,7 @@ pub fn faults(
                 format!("{module}: type `{kind}`"),
                 "qrmc writes FLOAT, W8A16, W8A8_DYNAMIC, W8A8, W4A4_DYNAMIC, W4A4_FLATQUANT_DYNAMIC",
             )),
-            Some(kind) => out.extend(layer(&module, kind, &shape, tensors, ranks)),
+            Some(kind) => out.extend(layer(&module, (kind, compute), &shape, tensors, ranks)),
         }
     }
     out.extend(cached(description, tensors, source));
@@ -62,11 +67,7 @@ pub fn faults(
 }
 
 /// The tensors that caches with codes ask for.
-fn cached(
-    description: &Map<String, Value>,
-    tensors: &BTreeMap<String, TensorType>,
-    source: &Module,
-) -> Vec<Fault> {
+fn cached(description: &Map<String, Value>, tensors: &Headers, source: &Module) -> Vec<Fault> {
     let said = description.get("kv_cache_type").and_then(Value::as_str);
     let stray = tensors.keys().find(|n| n.contains(".kv_cache_"));
     match (said, stray) {
@@ -82,7 +83,7 @@ fn cached(
         }
     }
     let facts = &source.facts;
-    let want = TensorType::new(Elem::F32, &[(facts.kv_heads * facts.head_dim) as usize][..]);
+    let width = [(facts.kv_heads * facts.head_dim) as usize];
     let mut out = Vec::new();
     for layer in 0..facts.layers {
         for part in [
@@ -93,7 +94,7 @@ fn cached(
         ] {
             out.extend(wanted(
                 &format!("model.layers.{layer}.self_attn.{part}"),
-                &want,
+                (Dtype::F32, &width),
                 super::caches::KIND,
                 tensors,
             ));
@@ -103,15 +104,15 @@ fn cached(
 }
 
 /// What is wrong with a tensor that a type asks for.
-fn wanted(name: &str, ty: &TensorType, kind: &str, tensors: &BTreeMap<String, TensorType>) -> Option<Fault> {
+fn wanted(name: &str, (dtype, shape): (Dtype, &[usize]), kind: &str, tensors: &Headers) -> Option<Fault> {
     match tensors.get(name) {
-        Some(have) if have == ty => None,
-        Some(have) => {
-            let what = format!("tensor `{name}` is {have}; {kind} wants {ty}");
-            Some(Fault::new(what, "write the folder again, for these ranks"))
+        Some((d, s)) if *d == dtype.to_string() && s == shape => None,
+        Some((d, s)) => {
+            let what = format!("tensor `{name}` is {d} {s:?}; {kind} wants {dtype} {shape:?}");
+            Some(Fault::new(what, "write the folder again, for this type of the model and these ranks"))
         }
         None => {
-            let what = format!("tensor `{name}` is missing; {kind} wants {ty}");
+            let what = format!("tensor `{name}` is missing; {kind} wants {dtype} {shape:?}");
             Some(Fault::new(what, "write the folder again"))
         }
     }
@@ -125,25 +126,24 @@ fn shape(source: &Module, weight: &str) -> Vec<usize> {
 /// The tensors that a type asks for.
 fn layer(
     module: &str,
-    kind: Type,
+    (kind, compute): (Type, ScaleType),
     shape: &[usize],
-    tensors: &BTreeMap<String, TensorType>,
+    tensors: &Headers,
     ranks: &[u32],
 ) -> Vec<Fault> {
     let &[rows, cols] = shape else { return Vec::new() };
-    let mut want: Vec<(&str, Elem, Vec<usize>)> = Vec::new();
+    let mut want: Vec<(&str, Dtype, Vec<usize>)> = Vec::new();
     if kind != Type::Float {
-        want.push(("weight", Elem::I8, vec![rows, cols]));
+        want.push(("weight", Dtype::I8, vec![rows, cols]));
     }
     if kind == Type::W8A8 {
-        // Of a model in bf16; `deq_scale` of one in f16 is 64 bits wide.
-        want.push(("input_scale", Elem::F32, vec![1]));
-        want.push(("input_offset", Elem::F32, vec![1]));
-        want.push(("deq_scale", Elem::F32, vec![rows]));
-        want.push(("quant_bias", Elem::I32, vec![rows]));
+        want.push(("input_scale", Dtype::F32, vec![1]));
+        want.push(("input_offset", Dtype::F32, vec![1]));
+        want.push(("deq_scale", deq_type(compute), vec![rows]));
+        want.push(("quant_bias", Dtype::I32, vec![rows]));
     } else if kind != Type::Float {
-        want.push(("weight_scale", Elem::F32, vec![rows, 1]));
-        want.push(("weight_offset", Elem::F32, vec![rows, 1]));
+        want.push(("weight_scale", Dtype::F32, vec![rows, 1]));
+        want.push(("weight_offset", Dtype::F32, vec![rows, 1]));
     }
     let mut out = Vec::new();
     if kind == Type::W4A4FlatQuantDynamic {
@@ -152,16 +152,15 @@ fn layer(
         let least = if cut { ranks.iter().copied().max().unwrap_or(1).max(1) as usize } else { 1 };
         match pair_of(cols / least) {
             Ok((left, right)) => {
-                want.push(("left_trans", Elem::F32, vec![left, left]));
-                want.push(("right_trans", Elem::F32, vec![right, right]));
-                want.push(("clip_ratio", Elem::F32, vec![1]));
+                want.push(("left_trans", Dtype::F32, vec![left, left]));
+                want.push(("right_trans", Dtype::F32, vec![right, right]));
+                want.push(("clip_ratio", Dtype::F32, vec![1]));
             }
             Err(why) => out.push(Fault::new(format!("{module}: {why}"), "use W8A8_DYNAMIC")),
         }
     }
-    for (suffix, elem, shape) in want {
-        let ty = TensorType::new(elem, shape.as_slice());
-        out.extend(wanted(&format!("{module}.{suffix}"), &ty, kind.name(), tensors));
+    for (suffix, dtype, shape) in want {
+        out.extend(wanted(&format!("{module}.{suffix}"), (dtype, &shape), kind.name(), tensors));
     }
     out
 }

@@ -143,8 +143,8 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
     }));
     out.extend(c.each(|l| {
         let fits = |x: &qrmc_ir::QuantSpec| {
-            let grain = x.grain == Grain::Token || l.input.whole().is_some() && x.bits == 8;
-            x.signed && !x.zero && grain && x.bits == l.bits()
+            let token = x.grain == Grain::Token && x.signed && !x.zero;
+            (token || l.input.one_scale().is_some() && x.bits == 8) && x.bits == l.bits()
         };
         let x = l.input.spec.filter(|x| !fits(x))?;
         let hint = "inputs are rounded for each token to as many bits as weights, without zero points (a_sym=true), or \
@@ -156,7 +156,7 @@ fn vllm_ascend(c: &Case<'_>) -> Vec<Fault> {
         clip.then(|| ("its input has a clip of its range".to_owned(), "compile without a_clip"))
     }));
     out.extend(c.each(|l| {
-        let scale = l.input.whole().unwrap_or(l.spec()).scale;
+        let scale = l.input.one_scale().unwrap_or(l.spec()).scale;
         let wide = l.bits() == 8 && scale == ScaleType::F32;
         wide.then(|| ("scales of f32, which it rounds".to_owned(), "compile with scale=bf16"))
     }));
