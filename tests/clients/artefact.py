@@ -31,7 +31,7 @@ def unpack(rows, bits, cols):
 
 class Artefact:
     """`floats`: tensors without codes; `matrices`: f32 `scale * (code - zero)`, by module name; `bits`: the fewest of them;
-    `inputs`: calibrated scales of inputs, by module name."""
+    `inputs`: calibrated scales of inputs and zero points, if there are any, by module name."""
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
@@ -43,8 +43,9 @@ class Artefact:
         self.floats, self.matrices, self.inputs, self.bits = {}, {}, {}, 8
         for name, tensor in listed.items():
             if calibrated := re.fullmatch(r"layer(\d+)\.(\w+)\.scale", name):
+                zero = files.get(name.replace(".scale", ".zero"))
                 for reader in READERS[calibrated[2]]:
-                    self.inputs[f"model.layers.{calibrated[1]}.{reader}"] = files[name].float()
+                    self.inputs[f"model.layers.{calibrated[1]}.{reader}"] = files[name].float(), zero
             if re.search(r"\.(scale|zero)$", name):
                 continue
             if not name.endswith(".codes"):
@@ -67,12 +68,12 @@ class Artefact:
         """How the input of a linear layer of this name is rounded to 8 bits; None where none is."""
         said = re.search(r"\ba=8,a_sym=(true|false)", " ".join(self.manifest["pipeline"]))
         if self.inputs:
-            return lambda name, x: whole(x, self.inputs[name])
+            return lambda name, x: whole(x, *self.inputs[name])
         return said and (lambda _, x: rounded(x, said[1] == "true"))
 
     def unit(self, name):
         """An input that a calibrated scale leaves as it is: 64 steps of it. Rounding for each token leaves a single 1."""
-        return 64 * self.inputs[name].item() if name in self.inputs else 1.0
+        return 64 * self.inputs[name][0].item() if name in self.inputs else 1.0
 
     def near(self):
         """The largest difference of two log-probabilities that are a tie for qrmc and for f32."""
@@ -118,9 +119,11 @@ class Artefact:
         return out
 
 
-def whole(x, scale):
-    """All tokens rounded to 8 bits by one scale in f32."""
-    return (x / scale).round().clamp(-128, 127) * scale
+def whole(x, scale, zero):
+    """All tokens rounded to 8 bits by one scale in f32, from -128 on, or from 0 on where there is a zero point."""
+    if zero is None:
+        return (x / scale).round().clamp(-128, 127) * scale
+    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
 
 
 def rounded(x, symmetric):

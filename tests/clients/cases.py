@@ -43,7 +43,8 @@ SCHEMES = {
     "W8 g32 sym": (["rtn{bits=8,group=32,sym=true,scale=f16}"], [GGUF], [GGUF]),
     "W8A8 asym": (["rtn{bits=8,a=8,group=row,sym=true}"], [TENSORS], [TENSORS]),
     "W8A8 sym": (["annotate{w=8,group=row,sym=true,a=8,a_sym=true}", "rtn"], [TENSORS], [TENSORS]),
-    "W8A8 static": (["static-inputs", "annotate{w=8,group=row,sym=true,scale=bf16}", "rtn"], [TENSORS], []),
+    "W8A8 static": (["static-inputs{scale=f32}", "annotate{w=8,group=row,sym=true}", "rtn"], [TENSORS], []),
+    "W8A8 static asym": (["static-inputs{scale=f32,sym=false}", "annotate{w=8,group=row,sym=true}", "rtn"], [TENSORS], []),
 }
 
 

@@ -24,6 +24,9 @@ FORK = True
 
 def modes(case):
     """The type that vLLM chooses; it takes f32 down to bfloat16 unless that is named."""
+    # In 16 bits the largest inputs of the shipped model say more than the steps of a scale for all tokens.
+    if "static" in case["scheme"]:
+        return ["float32"]
     return ["", "float32"] if case["scheme"].startswith("W8A8") else [""]
 
 
