@@ -83,6 +83,15 @@ pub struct DecoderConfig {
     pub qk_norm: bool,
 }
 
+/// The token or tokens that a configuration names; none where it is something else.
+pub(crate) fn token_ids(value: &Value) -> Vec<u32> {
+    let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+    match value {
+        Value::Array(a) => a.iter().filter_map(id).collect(),
+        v => id(v).into_iter().collect(),
+    }
+}
+
 struct Reader<'a> {
     path: &'a std::path::Path,
     config: &'a Value,
@@ -138,15 +147,6 @@ impl Reader<'_> {
             When::Always => Ok(true),
             When::Never => Ok(false),
             When::Key(k) => self.flag(k),
-        }
-    }
-
-    fn token_ids(&self, key: &str) -> Vec<u32> {
-        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
-        match self.get(key) {
-            Some(Value::Array(a)) => a.iter().filter_map(id).collect(),
-            Some(v) => id(v).into_iter().collect(),
-            None => Vec::new(),
         }
     }
 
@@ -287,8 +287,8 @@ pub fn read_config(path: &std::path::Path, config: &Value) -> Result<DecoderConf
             head_dim,
             vocab: r.size("vocab_size")?,
             context,
-            bos: r.token_ids("bos_token_id").first().copied(),
-            eos: r.token_ids("eos_token_id"),
+            bos: token_ids(&config["bos_token_id"]).first().copied(),
+            eos: token_ids(&config["eos_token_id"]),
         },
         eps: r.real_in(config, "rms_norm_eps", Some(1e-6))?,
         rope: r.rope(head_dim, context)?,

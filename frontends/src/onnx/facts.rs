@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::matrix::Matrix;
 use super::roles::Roles;
 use super::term::{Bin, T, Term, Terms};
+use crate::arch::token_ids;
 use crate::hf::{read_small, side_files};
 use crate::{ARCHS, ImportError, SideFile, read_config};
 
@@ -77,14 +78,6 @@ impl Beside {
             config,
             genai,
         })
-    }
-
-    fn token_ids(&self, key: &str) -> Vec<u32> {
-        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
-        match &self.genai["model"][key] {
-            Value::Array(a) => a.iter().filter_map(id).collect(),
-            v => id(v).into_iter().collect(),
-        }
     }
 
     /// Refuses a graph of other sizes than the configuration beside it says.
@@ -228,7 +221,7 @@ pub(super) fn found(terms: &Terms, roles: &Roles, logits: T, beside: &Beside) ->
             "nothing beside the model says how many positions it was made for: {CONTEXT} are taken"
         ));
     }
-    let at = |k: &str| beside.token_ids(k);
+    let at = |k: &str| token_ids(&beside.genai["model"][k]);
     let facts = ModelFacts {
         arch: beside.facts.as_ref().map_or(said.unwrap_or(family), |f| f.arch.as_str()).to_owned(),
         hidden,

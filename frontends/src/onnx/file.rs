@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use qrmc_ir::Elem;
+use qrmc_ir::{Elem, Tensor};
 
 /// The types of elements that are read, by the numbers of the format.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -73,6 +73,22 @@ pub(super) struct Stored {
 impl Stored {
     pub(super) fn count(&self) -> u64 {
         self.dims.iter().product()
+    }
+
+    /// An element of 4 or 8 bits as an unsigned number: signed ones plus 8 or 128.
+    pub(super) fn field(&self, i: usize) -> u8 {
+        match self.ty {
+            Type::U4 => self.bytes[i / 2] >> (4 * (i % 2)) & 15,
+            Type::I4 => (self.bytes[i / 2] >> (4 * (i % 2)) & 15) ^ 8,
+            Type::I8 => self.bytes[i] ^ 0x80,
+            _ => self.bytes[i],
+        }
+    }
+
+    /// The elements, if they are floats of up to 32 bits.
+    pub(super) fn floats(&self) -> Option<Vec<f32>> {
+        let t = Tensor::from_le_bytes(self.ty.float()?, &[self.count() as usize], &self.bytes).ok()?;
+        t.as_f32().map(<[f32]>::to_vec)
     }
 }
 

@@ -67,26 +67,20 @@ impl Known {
             return None;
         }
         let b = &t.bytes[..];
-        let half = |i: usize| [b[2 * i], b[2 * i + 1]];
-        let n = t.count() as usize;
+        let fields = |middle: i64| (0..t.count() as usize).map(|i| i64::from(t.field(i)) - middle).collect();
         let data = match t.ty {
-            Type::F32 => Data::Floats(b.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
+            Type::F32 | Type::F16 | Type::BF16 => Data::Floats(t.floats()?),
             Type::F64 => {
                 Data::Floats(b.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect())
             }
-            Type::F16 => Data::Floats((0..n).map(|i| half::f16::from_le_bytes(half(i)).to_f32()).collect()),
-            Type::BF16 => Data::Floats((0..n).map(|i| half::bf16::from_le_bytes(half(i)).to_f32()).collect()),
             Type::I64 => Data::Ints(b.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect()),
             Type::I32 => {
                 Data::Ints(b.as_chunks::<4>().0.iter().map(|b| i64::from(i32::from_le_bytes(*b))).collect())
             }
-            Type::I8 => Data::Ints(b.iter().map(|&x| i64::from(x as i8)).collect()),
-            Type::U8 => Data::Ints(b.iter().map(|&x| i64::from(x)).collect()),
             Type::Bool => Data::Bools(b.iter().map(|&x| x != 0).collect()),
-            Type::U4 => Data::Ints((0..n).map(|i| i64::from(b[i / 2] >> (4 * (i % 2)) & 15)).collect()),
-            Type::I4 => {
-                Data::Ints((0..n).map(|i| i64::from((b[i / 2] >> (4 * (i % 2)) << 4) as i8 >> 4)).collect())
-            }
+            Type::U8 | Type::U4 => Data::Ints(fields(0)),
+            Type::I8 => Data::Ints(fields(128)),
+            Type::I4 => Data::Ints(fields(8)),
         };
         Some(Known { dims: t.dims.iter().map(|&d| d as usize).collect(), data, origin: Some(origin) })
     }

@@ -191,23 +191,13 @@ impl Matrix {
         out
     }
 
-    /// Bytes of the elements of a matrix as unsigned fields; `None` for 4-bit ones.
-    fn field(t: &Stored, i: usize) -> u8 {
-        match t.ty {
-            Type::U4 => t.bytes[i / 2] >> (4 * (i % 2)) & 15,
-            Type::I4 => (t.bytes[i / 2] >> (4 * (i % 2)) & 15) ^ 8,
-            Type::I8 => t.bytes[i] ^ 0x80,
-            _ => t.bytes[i],
-        }
-    }
-
     /// The code of each element of a row, unsigned.
     fn row(&self, t: &Stored, spec: QuantSpec, order: Order, row: usize, mut put: impl FnMut(u8)) {
         let (cols, all) = (self.cols as usize, self.stored as usize);
         let row = row + self.first as usize;
         match order {
-            Order::Rows => (0..cols).for_each(|c| put(Self::field(t, row * cols + c))),
-            Order::Columns => (0..cols).for_each(|c| put(Self::field(t, c * all + row))),
+            Order::Rows => (0..cols).for_each(|c| put(t.field(row * cols + c))),
+            Order::Columns => (0..cols).for_each(|c| put(t.field(c * all + row))),
             Order::Blobs => {
                 let len = Elem::Quant(spec).row_bytes(cols);
                 pack::unpack_row(&t.bytes[row * len..(row + 1) * len], spec.bits, cols, put);
@@ -254,7 +244,7 @@ impl Matrix {
                 }
                 out
             }
-            _ => (0..t.count() as usize).map(|i| Self::field(t, i)).collect(),
+            _ => (0..t.count() as usize).map(|i| t.field(i)).collect(),
         };
         Ok(self.side(&bytes, (spec, order, repeat), 1))
     }
