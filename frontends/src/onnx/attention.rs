@@ -187,7 +187,10 @@ impl Eval {
             }
             ("Add", _) if !s.shares => Some(match &other {
                 Some(mask) => self.masked(s, mask, true),
-                None => Err("a mask that is computed from tokens".into()),
+                None => {
+                    Err("a mask that is computed from tokens, or an input whose name has no `mask` in it"
+                        .into())
+                }
             }),
             ("Softmax", _) => {
                 let last = node.int("axis").unwrap_or(-1);

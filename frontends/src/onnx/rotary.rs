@@ -22,6 +22,19 @@ pub(super) fn fits(attr: &RopeAttr, at: usize, cos: &[f32], sin: &[f32]) -> bool
         })
 }
 
+/// Cosines and sines of an embedding at some positions, `[positions, head_dim]`: both halves of a row are the same.
+pub(super) fn table(attr: &RopeAttr, positions: std::ops::Range<usize>) -> [Vec<f32>; 2] {
+    let (frequencies, factor) = (attr.inv_freq(), attr.attention_factor());
+    [f64::cos, f64::sin].map(|of| {
+        let row = |p: usize| {
+            let half =
+                || frequencies.iter().map(move |&f| (of(f64::from(p as f32 * f as f32)) * factor) as f32);
+            half().chain(half()).collect::<Vec<f32>>()
+        };
+        positions.clone().flat_map(row).collect()
+    })
+}
+
 /// The embedding without scaling whose angles at position 1 are these, if there is one.
 pub(super) fn plain(cos: &[f32], sin: &[f32]) -> Option<RopeAttr> {
     let half = cos.len();
