@@ -197,8 +197,36 @@ def small(folder):
     return onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
 
-def reference(folder, head_dim):
+def widened(folder, rope_theta, head_dim):
+    """The same graph in f32, with tables of angles that are not rounded."""
+    m = onnx.load(folder / "model.onnx")
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+
+    def wide(t):
+        if t.data_type == half:
+            t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(t).astype(np.float32), t.name))
+
+    for t in m.graph.initializer:
+        wide(t)
+        if t.name in ("cos_cache", "sin_cache"):
+            angles = np.outer(np.arange(t.dims[0]), rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+            t.CopyFrom(onnx.numpy_helper.from_array(np.cos(angles) if t.name[0] == "c" else np.sin(angles), t.name))
+    for n in m.graph.node:
+        for a in n.attribute:
+            wide(a.t)
+            if n.op_type == "Cast" and a.i == half:
+                a.i = single
+    for v in [*m.graph.input, *m.graph.output]:
+        if v.type.tensor_type.elem_type == half:
+            v.type.tensor_type.elem_type = single
+    return onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def reference(folder, head_dim, rope_theta=None):
     session = small(folder)
+    if rope_theta:
+        # Half floats are computed with as f32 by qrmc.
+        session = widened(folder, rope_theta, head_dim)
     ids = np.random.default_rng(0).integers(0, 64, (2, 9))
     feed = {}
     for i in session.get_inputs():
@@ -247,12 +275,18 @@ def main():
         ("genai-qwen2-int4", "qwen2", "int4", ["accuracy_level=1"]),
         ("genai-llama-int4-zero", "llama", "int4", ["accuracy_level=1", "is_symmetric=false", "block_size=16"]),
         ("genai-qwen3-fp32", "qwen3", "fp32", ["exclude_embeds=false"]),
+        ("genai-qwen2-fp16", "qwen2", "fp16", ["exclude_embeds=false"]),
+        ("genai-llama-fp16", "llama", "fp16", ["exclude_embeds=false"]),
     ]:
-        if precision == "fp32":
+        if precision.startswith("fp"):
             wide["num_hidden_layers"] = 1
+        if precision == "fp16":
+            # With as many key heads as query heads, the attention's operator has the caches.
+            wide["num_key_value_heads"] = 4 if family == "llama" else 2
         at = folder(name)
-        genai(at, model(family, "sdpa", **wide), args.tokenizer, precision, options)
-        reference(at, 16)
+        m = model(family, "sdpa", **wide)
+        genai(at, m, args.tokenizer, precision, options)
+        reference(at, 16, m.config.rope_parameters["rope_theta"] if precision == "fp16" else None)
     subprocess.run(["du", "-ab", str(out)], check=True)
 
 

@@ -18,6 +18,7 @@ mod fold;
 mod header;
 mod known;
 mod matrix;
+mod multihead;
 mod operand;
 mod ports;
 mod product;
@@ -75,8 +76,10 @@ pub(crate) fn import(path: &Path, integers: Integers) -> Result<Imported, Import
     let ports = Ports::find(&model, &beside).map_err(fail)?;
     let mut ropes: Vec<RopeAttr> = beside.rope.into_iter().collect();
     let far = (beside.context.unwrap_or(2048).saturating_sub(8)).clamp(1, FAR) as usize;
-    let first = ports.probe(Probe { batch: 3, new: 4, past: 1 });
-    let second = ports.probe(Probe { batch: 2, new: 3, past: far });
+    // With this operator, the masks of onnxruntime-genai's builder are those of a prompt, or of one token behind a cache.
+    let apart = model.nodes.iter().any(|n| n.op == "MultiHeadAttention");
+    let first = ports.probe(Probe { batch: 3, new: 4, past: usize::from(!apart) });
+    let second = ports.probe(Probe { batch: 2, new: if apart { 1 } else { 3 }, past: far });
     let uses = eval::uses(&model);
     let mut tables = HashMap::new();
     let mut made: Option<(qrmc_ir::Module, Pieces, facts::Found)> = None;

@@ -6,7 +6,7 @@ use qrmc_ir::RopeAttr;
 
 use super::eval::{self, Eval, Probe, Val};
 use super::facts::Beside;
-use super::file::{Input, Model, Type};
+use super::file::{Input, Model, Node, Type};
 use super::known::{self, Data, Known};
 use super::product;
 use super::rotary;
@@ -273,11 +273,14 @@ fn value(input: &Input, what: What, probe: Probe) -> Result<Known, String> {
     Ok(Known { dims, data, origin: None })
 }
 
-/// Channels of a head, where attention with stored tables of angles says them.
+/// Channels of a head, where an operator with stored tables of angles says them.
 fn head_of(model: &Model, stored: &HashMap<&str, usize>) -> Option<u64> {
-    let attention = model.nodes.iter().find(|n| n.op == "GroupQueryAttention")?;
-    let table = stored.get(attention.inputs.get(7)?.as_str())?;
-    match model.tensors[*table].dims[..] {
+    let table = |n: &Node| match n.op.as_str() {
+        "GroupQueryAttention" => stored.get(n.inputs.get(7)?.as_str()),
+        "RotaryEmbedding" => stored.get(n.inputs.get(2)?.as_str()),
+        _ => None,
+    };
+    match model.tensors[*model.nodes.iter().find_map(table)?].dims[..] {
         [_, half] => half.checked_mul(2),
         _ => None,
     }
