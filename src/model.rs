@@ -103,6 +103,9 @@ fn open_for(path: &Path, engine: &CpuEngine, integers: Integers, purpose: Purpos
             engine.with_machine(|pool, _| pool.map(n, check)).into_iter().collect::<Result<(), _>>()
         };
         let a = Artefact::map(path)?;
+        if purpose == Purpose::Run {
+            whole(path, &a.module, FAILURE)?;
+        }
         let layouts = if purpose == Purpose::Run {
             Some(Session::layouts(engine, &a.module, path, &|n| a.manifest.identity(n))?)
         } else {
@@ -126,6 +129,9 @@ fn open_for(path: &Path, engine: &CpuEngine, integers: Integers, purpose: Purpos
         });
     }
     let imported = qrmc_frontends::import(path, integers)?;
+    if purpose == Purpose::Run {
+        whole(path, &imported.module, FAILURE)?;
+    }
     let checkpoint: Arc<dyn Checkpoint> = imported.source.weights.into();
     Ok(Model {
         path: path.to_owned(),
@@ -140,7 +146,25 @@ fn open_for(path: &Path, engine: &CpuEngine, integers: Integers, purpose: Purpos
     })
 }
 
+/// Refuses a block of a decoder with an exit code.
+fn whole(path: &Path, module: &Module, code: u8) -> Result<(), Failure> {
+    match module.lacks() {
+        None => Ok(()),
+        Some(lacks) => {
+            Err(Failure::new(code, format!("{}: this is a block of a decoder: it has {lacks}", path.display())).hint(
+                "give the whole model; a block can be inspected, compiled with passes that read no text, checked with \
+                 --parity, and exported with --format onnx",
+            ))
+        }
+    }
+}
+
 impl Model {
+    /// As [`whole`].
+    pub(crate) fn whole(&self, code: u8) -> Result<(), Failure> {
+        whole(&self.path, &self.module, code)
+    }
+
     /// Tells what should be known about the way the weights were taken.
     pub(crate) fn tell(&self, ui: &Ui) {
         self.notes.iter().for_each(|n| ui.note(n));
@@ -178,6 +202,7 @@ impl Model {
 
     /// The tokenizer.
     pub(crate) fn tokenizer(&self) -> Result<Tokenizer, Failure> {
+        self.whole(FAILURE)?;
         let Some(json) = self.file("tokenizer.json") else {
             return Err(Failure::new(
                 FAILURE,

@@ -146,7 +146,7 @@ fn gguf_files() {
 
 #[test]
 fn onnx_files() {
-    single_files("onnx", 20_000, 8);
+    single_files("onnx", 20_000, 10);
 }
 
 #[test]

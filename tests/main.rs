@@ -16,6 +16,7 @@ mod layout;
 mod methods;
 mod numerics;
 mod onnx;
+mod onnx_blocks;
 mod onnx_import;
 mod parity;
 mod passes;

@@ -12,7 +12,9 @@ use crate::passes::{compile, windows};
 use crate::run::{ok, run};
 use crate::support::{FIXTURES, Reference, Source, Stored, data, gap, import, main_args};
 
-const FOREIGN: [&str; 7] = [
+const FOREIGN: [&str; 9] = [
+    "genai-llama-fp16",
+    "genai-qwen2-fp16",
     "genai-llama-int4-zero",
     "genai-qwen2-int4",
     "genai-qwen3-fp32",
@@ -211,6 +213,19 @@ fn what_is_no_decoder_is_named() {
         ("input_ids", "input_idx", "its input `input_idx` of type I64 and 2 axes is none that a decoder has"),
     ] {
         let said = changed(dir.path(), script, from.as_bytes(), to.as_bytes());
+        assert!(said.contains(why) && said.contains("hint: "), "{from}: {said}");
+    }
+}
+
+#[test]
+fn what_attention_of_half_floats_lacks_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    for (from, to, why) in [
+        ("num_heads", "num_headz", "(MultiHeadAttention): no number of heads"),
+        // The name of the stored tensor alone.
+        ("B\u{9}sin_cache", "B\u{9}xin_cache", "its input `sin_cache` is made by no node before it"),
+    ] {
+        let said = changed(dir.path(), "genai-llama-fp16", from.as_bytes(), to.as_bytes());
         assert!(said.contains(why) && said.contains("hint: "), "{from}: {said}");
     }
 }

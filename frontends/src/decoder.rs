@@ -2,6 +2,9 @@
 //!
 //! Names of values are part of the contract with passes; `docs/ir.md` lists them.
 
+mod declare;
+mod main;
+
 use std::path::Path;
 
 use qrmc_ir::{
@@ -9,13 +12,11 @@ use qrmc_ir::{
     ValueId,
 };
 
+pub(crate) use self::declare::Expected;
+use self::declare::declare;
+pub(crate) use self::main::main;
 use crate::arch::DecoderConfig;
 use crate::{Checkpoint, ImportError, RoundedInput};
-
-mod declare;
-
-pub(crate) use declare::Expected;
-use declare::declare;
 
 /// Builds the module of a decoder over the tensors of a checkpoint.
 ///
@@ -222,31 +223,4 @@ fn head(module: &Module, config: &DecoderConfig, weights: &dyn Checkpoint) -> Re
     let logits = b.linear(x, table)?;
     b.name(logits, "logits");
     Ok(b.finish(&[logits]))
-}
-
-/// `@main(ids, pos, k_past0, v_past0, ..) -> (logits, k_all0, v_all0, ..)`
-pub(crate) fn main(module: &Module) -> Result<Func, Diag> {
-    let mut b = Builder::new(module, "main");
-    let ids = b.param(Some("ids"), tokens());
-    let pos = b.param(Some("pos"), positions());
-    let func = |name: &str| {
-        module.find_func(name).ok_or_else(|| Diag::new("Q0302", format!("@{name} is not built")))
-    };
-    let mut x = b.op1(Op::Call(func("embed")?), &[ids])?;
-    let mut caches = Vec::new();
-    let mut pasts = Vec::new();
-    for i in 0..module.layers().len() {
-        let k = b.param(Some(&format!("k_past{i}")), past(module));
-        let v = b.param(Some(&format!("v_past{i}")), past(module));
-        pasts.push((k, v));
-    }
-    for (layer, (k, v)) in module.layers().into_iter().zip(pasts) {
-        let outs = b.op(Op::Call(layer), &[x, pos, k, v])?;
-        x = outs[0];
-        caches.extend([outs[1], outs[2]]);
-    }
-    let logits = b.op1(Op::Call(func("head")?), &[x])?;
-    b.name(logits, "logits");
-    caches.insert(0, logits);
-    Ok(b.finish(&caches))
 }

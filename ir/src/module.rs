@@ -278,6 +278,18 @@ impl Module {
         (0..).map_while(|i| self.find_func(&format!("layer{i}"))).collect()
     }
 
+    /// What a decoder with `@main` lacks to give logits for tokens, such as `no embedding`: then it is a block of one.
+    pub fn lacks(&self) -> Option<&'static str> {
+        self.find_func("main").filter(|_| !self.layers().is_empty())?;
+        let product = |f: FuncId| self.func(f).nodes.iter().any(|n| matches!(n.op, Op::MatMul { .. }));
+        match (self.find_func("embed").is_some(), self.find_func("head").is_some_and(product)) {
+            (true, true) => None,
+            (true, false) => Some("no head"),
+            (false, true) => Some("no embedding"),
+            (false, false) => Some("no embedding and no head"),
+        }
+    }
+
     /// Drops declarations that no function mentions, renumbering the rest.
     pub fn drop_unused_weights(&mut self) {
         let mut used = vec![false; self.weights.len()];

@@ -1,6 +1,9 @@
 //! Proof by running: two modules on the same seeded tokens, a layer at a time.
 
-use qrmc_ir::{Diag, Engine, EngineError, Identity, Module, Op, Tensor, WeightSource};
+use qrmc_ir::{Diag, Elem, Engine, EngineError, Identity, Module, Op, Tensor, WeightSource};
+
+/// Most channels of hidden states that are made from a seed: a larger fact is not believed, and the run says what it wants.
+const MOST_HIDDEN: u64 = 1 << 20;
 
 /// How far two results are apart.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -25,7 +28,24 @@ pub fn seeded_tokens(seed: u64, len: usize, vocab: u64) -> Tensor {
     Tensor::i32([1, len], ids)
 }
 
-/// Logits of `@main` on tokens `[B, S]`, in two parts through its caches, holding the weights of one function at a time.
+/// What `@main` starts from, made from a seed: tokens `[1, len]`, or the hidden states `[1, len, hidden]` of a block, from -1
+/// to 1.
+pub fn seeded_input(seed: u64, len: usize, module: &Module) -> Tensor {
+    let main = module.find_func("main").map(|f| module.func(f));
+    let first = main.and_then(|f| Some(f.ty(*f.params.first()?)));
+    match first {
+        Some(ty) if ty.elem == Elem::F32 => {
+            let hidden = module.facts.hidden.min(MOST_HIDDEN) as usize;
+            let draws = seeded_tokens(seed, len * hidden, 1 << 16);
+            let values = draws.as_i32().unwrap_or(&[]).iter().map(|&d| d as f32 / 32768.0 - 1.0);
+            Tensor::f32([1, len, hidden], values.collect())
+        }
+        _ => seeded_tokens(seed, len, module.facts.vocab),
+    }
+}
+
+/// The first result of `@main`, logits or hidden states, on tokens `[B, S]` or hidden states `[B, S, hidden]`, in two parts
+/// through its caches, holding the weights of one function at a time.
 ///
 /// # Errors
 /// What the engine says.
@@ -33,12 +53,12 @@ pub fn forward(
     engine: &dyn Engine,
     module: &Module,
     weights: &dyn WeightSource,
-    ids: &Tensor,
+    input: &Tensor,
 ) -> Result<Tensor, EngineError> {
     let missing = |what: &str| EngineError::System(format!("the module has no {what}"));
     let main = module.find_func("main").ok_or_else(|| missing("@main"))?;
     let main = module.func(main);
-    let (b, s) = (ids.shape()[0], ids.shape()[1]);
+    let (b, s) = (input.shape()[0], input.shape()[1]);
     let width = (module.facts.kv_heads * module.facts.head_dim) as usize;
     let mut caches = vec![Tensor::zeros([b, 0, width]); main.params.len().saturating_sub(2)];
     let mut logits: Vec<Tensor> = Vec::new();
@@ -48,7 +68,7 @@ pub fn forward(
             continue;
         }
         let mut args = vec![
-            columns(ids, from, to).ok_or_else(|| missing("token ids as arguments"))?,
+            positions(input, from, to).ok_or_else(|| missing("tokens or hidden states as arguments"))?,
             Tensor::i32([to - from], (from as i32..to as i32).collect()),
         ];
         args.append(&mut caches);
@@ -70,11 +90,16 @@ pub fn forward(
     join(&logits).ok_or_else(|| missing("logits in f32"))
 }
 
-/// Columns of a matrix of tokens.
-fn columns(ids: &Tensor, from: usize, to: usize) -> Option<Tensor> {
-    let (b, s) = (ids.shape()[0], ids.shape()[1]);
-    let v = ids.as_i32()?;
-    Some(Tensor::i32([b, to - from], (0..b).flat_map(|i| v[i * s + from..i * s + to].to_vec()).collect()))
+/// Some positions of tokens `[B, S]` or hidden states `[B, S, n]`.
+fn positions(input: &Tensor, from: usize, to: usize) -> Option<Tensor> {
+    fn cut<T: Copy>(v: &[T], [b, s, n]: [usize; 3], from: usize, to: usize) -> Vec<T> {
+        (0..b).flat_map(|i| v[(i * s + from) * n..(i * s + to) * n].iter().copied()).collect()
+    }
+    match *input.shape() {
+        [b, s] => Some(Tensor::i32([b, to - from], cut(input.as_i32()?, [b, s, 1], from, to))),
+        [b, s, n] => Some(Tensor::f32([b, to - from, n], cut(input.as_f32()?, [b, s, n], from, to))),
+        _ => None,
+    }
 }
 
 /// Results of a function made of calls.
@@ -131,7 +156,7 @@ pub fn compare_logits(
     before: &Module,
     after: &Module,
     weights: &dyn WeightSource,
-    ids: &Tensor,
+    input: &Tensor,
 ) -> Result<Gap, EngineError> {
     let before = qrmc_ir::module_without_quantizers(before, Identity::All)?;
     let after = qrmc_ir::module_without_quantizers(after, Identity::All)?;
@@ -144,12 +169,12 @@ pub fn compare_logits(
     if same {
         return Ok(Gap { absolute: 0.0, relative: 0.0 });
     }
-    let want = forward(engine, &before, weights, ids)?;
+    let want = forward(engine, &before, weights, input)?;
     if want.as_f32().is_some_and(|v| v.iter().any(|x| !x.is_finite())) {
         let m = "the model gives NaN or infinity on the tokens of the check, before this step";
         return Err(Diag::new("Q0611", m).hint("it overflows in f32: look at its weights").into());
     }
-    let have = forward(engine, &after, weights, ids)?;
+    let have = forward(engine, &after, weights, input)?;
     Ok(logit_gap(&have, &want))
 }
 
@@ -162,7 +187,7 @@ pub fn compare_sourced(
     engine: &dyn Engine,
     before: Sourced<'_>,
     after: Sourced<'_>,
-    ids: &Tensor,
+    input: &Tensor,
 ) -> Result<Gap, EngineError> {
     let mut logits = Vec::new();
     for (module, weights) in [before, after] {
@@ -170,7 +195,7 @@ pub fn compare_sourced(
             engine,
             &qrmc_ir::module_without_quantizers(module, Identity::Online)?,
             weights,
-            ids,
+            input,
         )?);
     }
     Ok(logit_gap(&logits[1], &logits[0]))

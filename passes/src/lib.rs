@@ -33,7 +33,9 @@ mod unit;
 
 pub use affine::{KroneckerPair, kronecker_pairs};
 pub use calibrate::{Calibration, LayerRun, NoStore, StepStore};
-pub use check::{Gap, Sourced, compare_logits, compare_sourced, forward, logit_gap, seeded_tokens};
+pub use check::{
+    Gap, Sourced, compare_logits, compare_sourced, forward, logit_gap, seeded_input, seeded_tokens,
+};
 pub use manager::{Manager, PassReport, PipelineError, legal};
 pub use options::{OptionInfo, OptionValue};
 pub use pass::{Event, LayerLoss, Pass, PassCx, PassError, PassInfo, Preserves, Report, Stage};

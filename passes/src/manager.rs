@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use qrmc_ir::{Diag, Module, print, verify};
 
-use crate::check::{Gap, compare_logits, seeded_tokens};
+use crate::check::{Gap, compare_logits, seeded_input};
 use crate::pass::{Pass, PassCx, PassError, Preserves, stage_of};
 use crate::pipeline::Pipeline;
 use crate::registry::CallError;
@@ -76,7 +76,7 @@ pub fn legal(pipeline: &Pipeline, module: &Module) -> Result<(), PipelineError> 
     let total = pipeline.0.len();
     for (i, call) in pipeline.0.iter().enumerate() {
         let pass = crate::build(call)?;
-        pass.legal(module).map_err(|d| PipelineError::Pass {
+        readable(&*pass, module).and_then(|()| pass.legal(module)).map_err(|d| PipelineError::Pass {
             index: i + 1,
             total,
             pass: pass.call().to_string(),
@@ -84,6 +84,19 @@ pub fn legal(pipeline: &Pipeline, module: &Module) -> Result<(), PipelineError> 
         })?;
     }
     Ok(())
+}
+
+/// Refuses calibration text for a block without an embedding.
+fn readable(pass: &dyn Pass, module: &Module) -> Result<(), Diag> {
+    match module.lacks().filter(|_| pass.info().calibrates && module.find_func("embed").is_none()) {
+        None => Ok(()),
+        Some(lacks) => {
+            let name = pass.info().name;
+            let m =
+                format!("`{name}` reads calibration text, and this is a block of a decoder: it has {lacks}");
+            Err(Diag::new("Q0612", m).hint("passes that read no text work on a block, such as `rtn`"))
+        }
+    }
 }
 
 /// Runs pipelines.
@@ -162,8 +175,8 @@ fn check(
     if preserves == Preserves::Lossy || before.module.find_func("main").is_none() {
         return Ok(None);
     }
-    let ids = seeded_tokens(seed, CHECK_TOKENS, before.module.facts.vocab);
-    compare_logits(cx.engine, &before.module, &after.module, &after.weights, &ids).map(Some)
+    let input = seeded_input(seed, CHECK_TOKENS, &before.module);
+    compare_logits(cx.engine, &before.module, &after.module, &after.weights, &input).map(Some)
 }
 
 fn accepts(pass: &dyn Pass, module: &Module) -> Result<(), Diag> {

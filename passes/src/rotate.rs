@@ -54,6 +54,14 @@ impl Pass for Rotate {
         let (o, facts) = (&self.0, &module.facts);
         check_tp(facts, o.tp)?;
         o.skip.on(module)?;
+        let ends = ["embed", "head"].iter().all(|f| module.find_func(f).is_some());
+        if let Some(lacks) = module.lacks().filter(|_| o.residual && !ends) {
+            let m = format!(
+                "`rotate`: the residual stream changes its basis, and this is a block of a decoder: it has {lacks}"
+            );
+            return Err(Diag::new("Q0612", m)
+                .hint("leave the residual stream as it is: `rotate{residual=false}`, or `quarot-kv`"));
+        }
         let has = |on: bool, n: u64, what: &str, option: &str| {
             if !on || hadamard::core_order(n).is_some() {
                 return Ok(());

@@ -11,7 +11,7 @@ use qrmc_lowering::export::{self, Format, View};
 use qrmc_lowering::materialize;
 use qrmc_passes::{
     Calibration, Event, Gap, LayerLoss, Manager, PassCx, PassReport, PipelineError, Preserves, Report, Unit,
-    compare_sourced, seeded_tokens,
+    compare_sourced, seeded_input,
 };
 
 use qrmc_runtime::engine::CpuEngine;
@@ -22,7 +22,7 @@ use super::summary::Summary;
 use super::{check, emit, plan};
 use crate::calib;
 use crate::cli::{CompileArgs, Emit};
-use crate::fail::{FAILURE, Failure, GATE, INTERRUPTED};
+use crate::fail::{FAILURE, Failure, GATE, ILLEGAL, INTERRUPTED};
 use crate::memory::{Watch, private_bytes, show_bytes};
 use crate::model::{self, Model};
 use crate::store::DiskStore;
@@ -89,6 +89,9 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
             .hint("compile starts from a Hugging Face folder or a GGUF file"));
     }
     model.tell(ui);
+    if args.emit == Emit::Fake {
+        model.whole(ILLEGAL)?;
+    }
     let settings = Settings::decide(args, &model)?;
     let target = args.output.clone().unwrap_or_else(|| settings.default_output(&model));
     let needs = plan::estimate(&model, &settings, &engine)?;
@@ -144,6 +147,7 @@ pub(crate) fn run(args: &CompileArgs, ui: &Ui) -> Result<(), Failure> {
         planned: needs.memory,
         text,
         fake: args.emit == Emit::Fake,
+        block: model.module.lacks().is_some(),
         written: None,
         parity: None,
     };
@@ -215,9 +219,9 @@ fn written_gap(
     if !reports.iter().any(|r| matches!(r.preserves, Preserves::Within(_))) {
         return Ok(None);
     }
-    let ids = seeded_tokens(settings.seed, CHECK_TOKENS, unit.module.facts.vocab);
+    let input = seeded_input(settings.seed, CHECK_TOKENS, &unit.module);
     let compiled = (&unit.module, &unit.weights as &dyn WeightSource);
-    let gap = compare_sourced(engine, compiled, (&written.module, &*written.weights), &ids)?;
+    let gap = compare_sourced(engine, compiled, (&written.module, &*written.weights), &input)?;
     if gap.relative > WRITTEN_WITHIN {
         return Err(Failure::new(
             GATE,

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::opt::faults;
 use super::{card, check, emit, plan};
 use crate::cli::{ExportArgs, OnnxForm};
-use crate::fail::{FAILURE, Failure};
+use crate::fail::{FAILURE, Failure, ILLEGAL};
 use crate::memory::{Watch, show_bytes};
 use crate::model::{self, Model};
 use crate::ui::Ui;
@@ -109,8 +109,9 @@ pub(crate) fn run(args: &ExportArgs, ui: &Ui) -> Result<(), Failure> {
             let verified = verify(&model.module).map_err(faults)?;
             output = prepare(&target, plan::module_bytes(&model.module))?;
             onnx::write(verified, &*model.weights, &output.folder(), &onnx::Options { form })?;
-            manifest =
-                taken(&output, &[onnx::MODEL, onnx::DATA, onnx::GENAI], &model.files, &model, &card, &[])?;
+            let genai = model.module.lacks().is_none().then_some(onnx::GENAI);
+            let written: Vec<&str> = [onnx::MODEL, onnx::DATA].into_iter().chain(genai).collect();
+            manifest = taken(&output, &written, &model.files, &model, &card, &[])?;
             notes = Vec::new();
         }
     }
@@ -297,6 +298,7 @@ impl Done {
 impl Model {
     /// The float model that the configuration describes.
     pub(crate) fn outline(&self) -> Result<qrmc_ir::Module, Failure> {
+        self.whole(ILLEGAL)?;
         let Some(config) = self.file("config.json") else {
             return Err(Failure::new(FAILURE, format!("{}: there is no config.json", self.path.display()))
                 .hint("copy the source's config.json into the folder"));

@@ -44,14 +44,16 @@ pub(crate) fn run(args: &InspectArgs, ui: &Ui) -> Result<(), Failure> {
         return json_report(&module, &format, &about, ui);
     }
     let f = &module.facts;
-    ui.out(&format!("{}: {format}, {} decoder", show(&args.model), f.arch));
+    let what = if module.lacks().is_some() { "block of a " } else { "" };
+    ui.out(&format!("{}: {format}, {what}{} decoder", show(&args.model), f.arch));
     let total: usize = module.weights().iter().map(|w| elements(&w.ty)).sum();
     let bytes: usize = module.weights().iter().filter_map(|w| w.ty.bytes()).sum();
+    let vocab = if f.vocab == 0 { "none".to_owned() } else { f.vocab.to_string() };
     let mut rows = vec![
         ("layers", f.layers.to_string()),
         ("hidden, intermediate", format!("{}, {}", f.hidden, f.intermediate)),
         ("heads", format!("{} queries, {} keys and values, of {}", f.heads, f.kv_heads, f.head_dim)),
-        ("vocabulary, context", format!("{}, {}", f.vocab, f.context)),
+        ("vocabulary, context", format!("{vocab}, {}", f.context)),
         (
             "tensors",
             format!(

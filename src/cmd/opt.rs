@@ -129,9 +129,10 @@ pub(crate) fn run(args: &OptArgs, ui: &Ui) -> Result<(), Failure> {
     let mut after = |pass: &str, module: &Module| print_after(ui, args.print_after.as_deref(), pass, module);
     let mut manager = Manager { check: args.check, seed: args.seed, after: &mut after };
     let reports = manager.run(&mut unit, &pipeline, &mut cx)?;
+    let results = if unit.module.lacks().is_some() { "results" } else { "logits" };
     for r in &reports {
         if let Some(g) = r.gap {
-            ui.note(&format!("{}: logits within {:.2e}", r.pass, g.relative));
+            ui.note(&format!("{}: {results} within {:.2e}", r.pass, g.relative));
         }
     }
     let text = match &args.func {

@@ -31,6 +31,8 @@ pub(crate) struct Summary {
     pub(crate) planned: u64,
     pub(crate) text: Option<calib::Report>,
     pub(crate) fake: bool,
+    /// Whether it is a block of a decoder, which gives no logits for tokens.
+    pub(crate) block: bool,
     /// How far the artefact is from the compiled graph, if that was measured.
     pub(crate) written: Option<Gap>,
     /// Kernels against the reference, if they were compared.
@@ -141,19 +143,25 @@ impl Summary {
             ));
             return;
         }
+        if self.block {
+            ui.out(&format!("  qrmc export {} --format onnx", self.output));
+            ui.out(&format!("  qrmc inspect {}", self.output));
+            return;
+        }
         ui.out(&format!("  qrmc eval {} --task wikitext2 --against {}", self.output, self.model));
         ui.out(&format!("  qrmc generate {} --prompt 'What is 12 + 30?'", self.output));
         ui.out(&format!("  qrmc inspect {}", self.output));
     }
 
     fn show_passes(&self, ui: &Ui) {
+        let results = if self.block { "results" } else { "logits" };
         let mut rows: Vec<Vec<String>> = self
             .reports
             .iter()
             .map(|r| {
                 let kept = match (r.gap, r.preserves) {
                     (Some(g), _) if g.absolute == 0.0 => "same graph without quantizers".into(),
-                    (Some(g), _) => format!("logits within {:.1e}", g.relative),
+                    (Some(g), _) => format!("{results} within {:.1e}", g.relative),
                     (None, Preserves::Lossy) => "rounds".into(),
                     (None, _) => "not checked".into(),
                 };
@@ -164,7 +172,7 @@ impl Summary {
             rows.push(vec![
                 "artefact".into(),
                 String::new(),
-                format!("logits within {:.1e} of the graph", g.relative),
+                format!("{results} within {:.1e} of the graph", g.relative),
             ]);
         }
         if let Some(p) = &self.parity {

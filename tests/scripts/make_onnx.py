@@ -4,8 +4,8 @@
     python3 -m venv VENV && VENV/bin/pip install torch transformers onnx onnxscript onnxruntime onnxruntime-genai safetensors
     VENV/bin/python tests/scripts/make_onnx.py --tokenizer tests/data/tiny-qwen2-wiki
 
-Weights are random, from seed 0. Each folder has model.onnx and reference.safetensors: `input_ids` and `logits`, both
-computed by onnxruntime on the CPU.
+Weights are random, from seed 0. Each folder has model.onnx and reference.safetensors: `input_ids` and `logits`, or
+`hidden_states` and `last_hidden_state` of a block, the latter computed by onnxruntime on the CPU.
 """
 
 import argparse
@@ -105,7 +105,87 @@ def genai(folder, m, tokenizer, precision, options):
         shutil.copy(f"{work}/out/genai_config.json", folder)
 
 
-def reference(folder, head_dim):
+class Layers(torch.nn.Module):
+    """Decoder layers with the positions of their rotary embedding."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.layers, self.rotary = m.model.layers, m.model.rotary_emb
+
+    def forward(self, hidden_states, position_ids):
+        angles = self.rotary(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_embeddings=angles)
+        return hidden_states
+
+
+class Layer(torch.nn.Module):
+    """One decoder layer as transformers calls it, with its cache."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.layer = m.model.layers[0]
+
+    def forward(self, hidden_states, attention_mask, cos, sin, key, value):
+        cache = DynamicCache()
+        cache.update(key, value, 0)
+        y = self.layer(hidden_states, attention_mask=attention_mask, past_key_values=cache, use_cache=True, position_embeddings=(cos, sin))
+        return y, cache.layers[0].keys, cache.layers[0].values
+
+
+def layers(path, m):
+    x = torch.randn(2, 5, m.config.hidden_size)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    args, names = (x, torch.arange(5).repeat(2, 1)), ["hidden_states", "position_ids"]
+    with torch.no_grad():
+        torch.onnx.export(Layers(m), args, path, input_names=names, output_names=["last_hidden_state"], dynamic_shapes=(sizes, sizes), dynamo=True, external_data=False)
+
+
+def layer(path, m):
+    c = m.config
+    d = c.hidden_size // c.num_attention_heads
+    x, past = torch.randn(2, 5, c.hidden_size), [torch.randn(2, c.num_key_value_heads, 3, d) for _ in "kv"]
+    cos, sin = m.model.rotary_emb(x, torch.arange(3, 8)[None])
+    mask = torch.full((5, 8), torch.finfo(torch.float32).min).triu(4)[None, None].repeat(2, 1, 1, 1)
+    names = ["hidden_states", "attention_mask", "cos", "sin", "past_key_values.0.key", "past_key_values.0.value"]
+    outs = ["last_hidden_state", "present.0.key", "present.0.value"]
+    axes = {"hidden_states": {0: "batch", 1: "new"}, "attention_mask": {0: "batch", 2: "new", 3: "all"}, "cos": {1: "new"}, "sin": {1: "new"}}
+    axes |= {n: {0: "batch", 2: "past"} for n in names[4:]} | {"last_hidden_state": {0: "batch", 1: "new"}} | {n: {0: "batch", 2: "all"} for n in outs[1:]}
+    with torch.no_grad():
+        torch.onnx.export(Layer(m), (x, mask, cos, sin, *past), path, input_names=names, output_names=outs, dynamic_axes=axes, dynamo=False, opset_version=17)
+    c.save_pretrained(path.parent)
+
+
+def bare(path, m):
+    """A decoder layer itself, with the names that the exporter gives."""
+    x = torch.randn(2, 5, m.config.hidden_size)
+    batch, new = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    args = dict(hidden_states=x, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool).tril(), position_embeddings=m.model.rotary_emb(x, torch.arange(5)[None]))
+    sizes = dict(hidden_states={0: batch, 1: new}, attention_mask={2: new, 3: new}, position_embeddings=({1: new}, {1: new}))
+    with torch.no_grad():
+        torch.onnx.export(m.model.layers[0], (), path, kwargs=args, dynamic_shapes=sizes, dynamo=True, external_data=False)
+    m.config.save_pretrained(path.parent)
+
+
+def block_reference(folder, m):
+    session = small(folder)
+    x = np.random.default_rng(0).standard_normal((2, 9, m.config.hidden_size)).astype(np.float32)
+    cos, sin = m.model.rotary_emb(torch.from_numpy(x), torch.arange(9)[None])
+    none = np.zeros((2, m.config.num_key_value_heads, 0, cos.shape[-1]), np.float32)
+    after = np.triu(np.full((2, 1, 9, 9), np.finfo(np.float32).min), 1)
+    seen = np.tril(np.ones((1, 1, 9, 9), bool))
+    feed = {}
+    for i in session.get_inputs():
+        feed[i.name] = {
+            "hidden_states": x, "position_ids": np.broadcast_to(np.arange(9), (2, 9)).copy(), "attention_mask": seen if i.type == "tensor(bool)" else after,
+            "cos": cos.numpy(), "sin": sin.numpy(), "position_embeddings_0": cos.numpy(), "position_embeddings_1": sin.numpy(),
+            "past_key_values.0.key": none, "past_key_values.0.value": none,
+        }[i.name]
+    y = session.run([session.get_outputs()[0].name], feed)[0]
+    save_file({"hidden_states": x, "last_hidden_state": y}, folder / "reference.safetensors")
+
+
+def small(folder):
     m = onnx.load(folder / "model.onnx")
     # Where a node comes from is no part of what it computes.
     del m.graph.value_info[:]
@@ -114,7 +194,39 @@ def reference(folder, head_dim):
         del n.metadata_props[:]
     del m.metadata_props[:], m.graph.metadata_props[:]
     onnx.save(m, folder / "model.onnx")
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def widened(folder, rope_theta, head_dim):
+    """The same graph in f32, with tables of angles that are not rounded."""
+    m = onnx.load(folder / "model.onnx")
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+
+    def wide(t):
+        if t.data_type == half:
+            t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(t).astype(np.float32), t.name))
+
+    for t in m.graph.initializer:
+        wide(t)
+        if t.name in ("cos_cache", "sin_cache"):
+            angles = np.outer(np.arange(t.dims[0]), rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+            t.CopyFrom(onnx.numpy_helper.from_array(np.cos(angles) if t.name[0] == "c" else np.sin(angles), t.name))
+    for n in m.graph.node:
+        for a in n.attribute:
+            wide(a.t)
+            if n.op_type == "Cast" and a.i == half:
+                a.i = single
+    for v in [*m.graph.input, *m.graph.output]:
+        if v.type.tensor_type.elem_type == half:
+            v.type.tensor_type.elem_type = single
+    return onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def reference(folder, head_dim, rope_theta=None):
+    session = small(folder)
+    if rope_theta:
+        # Half floats are computed with as f32 by qrmc.
+        session = widened(folder, rope_theta, head_dim)
     ids = np.random.default_rng(0).integers(0, 64, (2, 9))
     feed = {}
     for i in session.get_inputs():
@@ -148,18 +260,33 @@ def main():
     at = folder("torch-script-llama-cache")
     cached(at / "model.onnx", model("llama", "sdpa"))
     reference(at, 8)
+    at, m = folder("block-dynamo-llama"), model("llama", "sdpa")
+    layers(at / "model.onnx", m)
+    block_reference(at, m)
+    at, m = folder("block-script-qwen2"), model("qwen2", "eager")
+    layer(at / "model.onnx", m)
+    block_reference(at, m)
+    at, m = folder("block-dynamo-qwen3"), model("qwen3", "sdpa", num_hidden_layers=1)
+    bare(at / "model.onnx", m)
+    block_reference(at, m)
     # Not a matrix of another size may have as many rows as there are tokens: the builder would take it for the head.
     wide = dict(hidden_size=64, intermediate_size=96, vocab_size=112)
     for name, family, precision, options in [
         ("genai-qwen2-int4", "qwen2", "int4", ["accuracy_level=1"]),
         ("genai-llama-int4-zero", "llama", "int4", ["accuracy_level=1", "is_symmetric=false", "block_size=16"]),
         ("genai-qwen3-fp32", "qwen3", "fp32", ["exclude_embeds=false"]),
+        ("genai-qwen2-fp16", "qwen2", "fp16", ["exclude_embeds=false"]),
+        ("genai-llama-fp16", "llama", "fp16", ["exclude_embeds=false"]),
     ]:
-        if precision == "fp32":
+        if precision.startswith("fp"):
             wide["num_hidden_layers"] = 1
+        if precision == "fp16":
+            # With as many key heads as query heads, the attention's operator has the caches.
+            wide["num_key_value_heads"] = 4 if family == "llama" else 2
         at = folder(name)
-        genai(at, model(family, "sdpa", **wide), args.tokenizer, precision, options)
-        reference(at, 16)
+        m = model(family, "sdpa", **wide)
+        genai(at, m, args.tokenizer, precision, options)
+        reference(at, 16, m.config.rope_parameters["rope_theta"] if precision == "fp16" else None)
     subprocess.run(["du", "-ab", str(out)], check=True)
 
 

@@ -36,6 +36,30 @@ impl Scores {
     pub(super) fn dims(&self) -> Vec<usize> {
         self.lead.iter().map(size).chain([self.new, self.all]).collect()
     }
+
+    /// The shares that these, which are masked, give to keys, with one more factor.
+    pub(super) fn shares(&self, scale: f64) -> Self {
+        Scores { scale: self.scale * scale, masked: true, shares: true, ..self.clone() }
+    }
+
+    /// Whether a mask hides exactly the keys after each query, in every sequence and head.
+    pub(super) fn is_causal(&self, mask: &Known) -> bool {
+        let s = self;
+        let dims = s.dims();
+        let [lead @ .., new, all] = &mask.dims[..] else { return false };
+        let fits = mask.dims.len() <= dims.len()
+            && (*new, *all) == (s.new, s.all)
+            && lead.iter().rev().zip(dims.iter().rev().skip(2)).all(|(&m, &d)| m == 1 || m == d);
+        let past = s.all - s.new.min(s.all);
+        let seen = |i: usize| i % all <= past + i / all % new;
+        fits && match &mask.data {
+            Data::Floats(v) => {
+                v.iter().enumerate().all(|(i, &x)| if seen(i) { x == 0.0 } else { x <= HIDDEN })
+            }
+            Data::Bools(v) => v.iter().enumerate().all(|(i, &x)| x == seen(i)),
+            Data::Ints(_) => false,
+        }
+    }
 }
 
 /// Positions of the second axis from the end, channels of the last.
@@ -132,28 +156,11 @@ impl Eval {
         self.terms.attention(q, k, v, attr)
     }
 
-    /// Whether a mask hides exactly the keys after each query, in every sequence and head.
-    fn is_causal(&self, mask: &Known, s: &Scores) -> bool {
-        let dims = s.dims();
-        let [lead @ .., new, all] = &mask.dims[..] else { return false };
-        let fits = mask.dims.len() <= dims.len()
-            && (*new, *all) == (s.new, s.all)
-            && lead.iter().rev().zip(dims.iter().rev().skip(2)).all(|(&m, &d)| m == 1 || m == d);
-        let past = s.all - s.new.min(s.all);
-        let seen = |i: usize| i % all <= past + i / all % new;
-        fits && match &mask.data {
-            Data::Floats(v) => {
-                v.iter().enumerate().all(|(i, &x)| if seen(i) { x == 0.0 } else { x <= HIDDEN })
-            }
-            Data::Bools(v) => v.iter().enumerate().all(|(i, &x)| x == seen(i)),
-            Data::Ints(_) => false,
-        }
-    }
-
     pub(super) fn attention_node(&mut self, node: &Node, ins: &[Option<Val>]) -> Option<Made> {
         let get = |i: usize| ins.get(i).and_then(Option::as_ref);
         match (node.domain.as_str(), node.op.as_str()) {
             ("com.microsoft", "GroupQueryAttention") => return Some(self.grouped(node, ins)),
+            ("com.microsoft", "MultiHeadAttention") => return Some(self.multihead(node, ins)),
             ("com.microsoft", "RotaryEmbedding") => return Some(self.rotary_embedding(node, ins)),
             ("", "Where") => {
                 return match (get(0)?, get(1)?, get(2)?) {
@@ -187,7 +194,10 @@ impl Eval {
             }
             ("Add", _) if !s.shares => Some(match &other {
                 Some(mask) => self.masked(s, mask, true),
-                None => Err("a mask that is computed from tokens".into()),
+                None => {
+                    Err("a mask that is computed from tokens, or an input whose name has no `mask` in it"
+                        .into())
+                }
             }),
             ("Softmax", _) => {
                 let last = node.int("axis").unwrap_or(-1);
@@ -202,7 +212,7 @@ impl Eval {
     }
 
     fn masked(&self, s: &Rc<Scores>, mask: &Known, hides: bool) -> Made {
-        if s.masked || !hides || !self.is_causal(mask, s) {
+        if s.masked || !hides || !s.is_causal(mask) {
             return Err("a mask that is not causal attention to all earlier positions".into());
         }
         Ok(vec![Val::Scores(Rc::new(Scores { masked: true, ..(**s).clone() }))])
@@ -236,14 +246,17 @@ impl Eval {
             return Err(format!("tables {:?} for heads of {d}", cos.dims));
         }
         let row = |v: &[f32], r: usize| v[r * half..(r + 1) * half].to_vec();
-        if let Some(found) = super::rotary::plain(&row(c, 1), &row(s, 1))
-            && !self.terms.ropes.contains(&found)
-        {
-            self.terms.ropes.push(found);
+        let loose = cos.origin.map_or(0.0, |t| super::rotary::rounding(self.stored(t).ty));
+        let found = super::rotary::plain(&row(c, 1), &row(s, 1));
+        let coarse = if loose > 0.0 { super::rotary::coarse(c, s, half) } else { Vec::new() };
+        for attr in found.into_iter().chain(coarse) {
+            if !self.terms.ropes.contains(&attr) {
+                self.terms.ropes.push(attr);
+            }
         }
         let fits = |a: &&qrmc_ir::RopeAttr| {
             u64::from(a.head_dim) == d
-                && (0..*rows).all(|r| super::rotary::fits(a, r, &row(c, r), &row(s, r)))
+                && (0..*rows).all(|r| super::rotary::fits(a, r, [&row(c, r), &row(s, r)], loose))
         };
         self.terms.ropes.iter().find(fits).copied().ok_or_else(|| UNKNOWN_ROPE.to_owned())
     }

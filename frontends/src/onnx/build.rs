@@ -44,14 +44,18 @@ impl<'a> Build<'a> {
     ///
     /// # Errors
     /// A term that no operation says, by the node that made it, in a sentence.
-    pub(super) fn all(&mut self, logits: T) -> Done<()> {
+    pub(super) fn all(&mut self, result: T) -> Done<()> {
         let first = self.roles.layers[0].x;
-        self.func("embed", first, None, None)?;
+        if self.roles.embeds {
+            self.func("embed", first, None, None)?;
+        }
         for i in 0..self.roles.layers.len() {
             self.func(&format!("layer{i}"), self.roles.layers[i].y, Some(self.roles.layers[i].x), Some(i))?;
         }
         let last = self.roles.layers[self.roles.layers.len() - 1].y;
-        self.func("head", logits, Some(last), None)?;
+        if self.roles.heads {
+            self.func("head", result, Some(last), None)?;
+        }
         let main = decoder::main(&self.module).map_err(|d| d.to_string())?;
         self.module.funcs.push(main);
         Ok(())

@@ -65,6 +65,11 @@ impl Build<'_> {
         let need = |m: &Making, x: T| get(m, x).ok_or_else(|| self.unknown(x, "a value of another layer"));
         let y = match &info.term {
             Term::Past(_) => return Ok(()),
+            Term::Given => {
+                let what = "what is computed of the hidden states that are its input, before the first layer or beside \
+                            it, is part of no decoder that qrmc knows";
+                return Err(Fault::Unknown(what.into()));
+            }
             Term::Embed(table) => {
                 let table = self.matrix_value(b, table, false, t)?;
                 let ids = m.pos.ok_or_else(|| self.unknown(t, "a second table of tokens"))?;
@@ -152,6 +157,9 @@ impl Build<'_> {
                 b.op1(Op::Hadamard { block: *block, inverse: *inverse }, &[need(m, *x)?])?
             }
             Term::Bin(op, x, y, Fit::Same) => {
+                // As other importers have it: a bias behind what it is added to.
+                let biases = |t: &T| matches!(self.terms.get(*t), Term::Vector(_));
+                let (x, y) = if *op == Bin::Add && biases(x) && !biases(y) { (y, x) } else { (x, y) };
                 let op = binary(*op).ok_or_else(|| self.unknown(t, "what it computes"))?;
                 b.binary(op, need(m, *x)?, need(m, *y)?)?
             }

@@ -68,7 +68,7 @@ pub(super) struct Eval {
 }
 
 /// Most elements of known tensors that are held at a time.
-const LIVE: usize = 1 << 21;
+pub(super) const LIVE: usize = 1 << 21;
 /// Elements of known tensors that a walk may read and write, and those for each node besides.
 const WORK: (usize, usize) = (1 << 24, 1 << 13);
 

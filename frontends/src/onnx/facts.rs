@@ -10,7 +10,7 @@ use super::roles::Roles;
 use super::term::{Bin, T, Term, Terms};
 use crate::arch::token_ids;
 use crate::hf::{read_small, side_files};
-use crate::{ARCHS, ImportError, SideFile, read_config};
+use crate::{ARCHS, DecoderConfig, ImportError, SideFile, read_config};
 
 /// Positions that a model is taken to have been made for where nothing says it.
 const CONTEXT: u64 = 2048;
@@ -57,13 +57,25 @@ pub fn genai_config(model: &Path) -> Result<Option<Value>, ImportError> {
     json_beside(&model.parent().unwrap_or(Path::new("")).join("genai_config.json"))
 }
 
+/// The configuration of a decoder, or of a block of one, whose `vocab_size` may be 0.
+fn configured(path: &Path, config: &Value) -> Option<DecoderConfig> {
+    if config["vocab_size"] != json!(0) {
+        return read_config(path, config).ok();
+    }
+    let mut of_one = config.clone();
+    of_one["vocab_size"] = json!(1);
+    let mut known = read_config(path, &of_one).ok()?;
+    known.facts.vocab = 0;
+    Some(known)
+}
+
 impl Beside {
     pub(super) fn read(path: &Path) -> Result<Self, ImportError> {
         let folder = path.parent().unwrap_or(Path::new(""));
         let config = json_beside(&folder.join("config.json"))?.filter(Value::is_object);
         let genai = genai_config(path)?.unwrap_or(Value::Null);
         // The graph decides what is computed; a configuration of another family says nothing about it.
-        let known = config.as_ref().and_then(|c| read_config(path, c).ok());
+        let known = config.as_ref().and_then(|c| configured(path, c));
         let genai_model = &genai["model"];
         let context =
             known.as_ref().map(|k| k.facts.context).or_else(|| genai_model["context_length"].as_u64());
@@ -80,25 +92,39 @@ impl Beside {
         })
     }
 
-    /// Refuses a graph of other sizes than the configuration beside it says.
-    pub(super) fn agrees(&self, path: &Path, have: &ModelFacts) -> Result<(), ImportError> {
-        let Some(said) = &self.facts else { return Ok(()) };
+    /// Channels of the residual stream, as the configuration says.
+    pub(super) fn hidden(&self) -> Option<u64> {
+        self.facts.as_ref().map(|f| f.hidden)
+    }
+
+    /// Refuses a graph of other sizes than the configuration beside it says. A part of a model may have fewer layers, and
+    /// without an embedding and a head it has no vocabulary; gives what should be known then.
+    pub(super) fn agrees(&self, path: &Path, module: &Module) -> Result<Option<String>, ImportError> {
+        let (Some(said), have) = (&self.facts, &module.facts) else { return Ok(None) };
+        let layers = if module.lacks().is_some() { have.layers.max(said.layers) } else { have.layers };
+        let vocab = if have.vocab == 0 { said.vocab } else { have.vocab };
         let pairs = [
             ("hidden_size", said.hidden, have.hidden),
             ("intermediate_size", said.intermediate, have.intermediate),
-            ("num_hidden_layers", said.layers, have.layers),
+            ("num_hidden_layers", said.layers, layers),
             ("num_attention_heads", said.heads, have.heads),
             ("num_key_value_heads", said.kv_heads, have.kv_heads),
-            ("vocab_size", said.vocab, have.vocab),
+            ("vocab_size", said.vocab, vocab),
         ];
-        match pairs.into_iter().find(|(_, said, have)| said != have) {
-            None => Ok(()),
-            Some((key, said, have)) => Err(ImportError::new(
+        if let Some((key, said, have)) = pairs.into_iter().find(|(_, said, have)| said != have) {
+            return Err(ImportError::new(
                 path,
                 format!("config.json says `{key}` is {said}, the graph has {have}"),
             )
-            .hint("config.json and the model belong to different models")),
+            .hint("config.json and the model belong to different models"));
         }
+        let fewer = have.layers < said.layers;
+        Ok(fewer.then(|| {
+            format!(
+                "this is a block: {} of the {} layers that config.json says, numbered from 0",
+                have.layers, said.layers
+            )
+        }))
     }
 
     /// The configuration, and the files that go with the model.
@@ -162,7 +188,7 @@ pub(super) fn decimal(bits: u32) -> f64 {
 ///
 /// # Errors
 /// If its layers differ in them.
-pub(super) fn found(terms: &Terms, roles: &Roles, logits: T, beside: &Beside) -> Result<Found, String> {
+pub(super) fn found(terms: &Terms, roles: &Roles, result: T, beside: &Beside) -> Result<Found, String> {
     let mut heads = None;
     for l in &roles.layers {
         let Term::Attention(q, _, v, attr) = *terms.get(l.attention) else { continue };
@@ -230,7 +256,11 @@ pub(super) fn found(terms: &Terms, roles: &Roles, logits: T, beside: &Beside) ->
         heads: u64::from(heads),
         kv_heads: u64::from(kv_heads),
         head_dim: width / u64::from(heads).max(1),
-        vocab: terms.n(logits),
+        // A block has none.
+        vocab: match (&head, &table) {
+            (Some(_), _) => terms.n(result),
+            (None, table) => table.as_ref().map_or(0, |m| m.rows),
+        },
         context: beside.context.unwrap_or(CONTEXT),
         bos: beside.facts.as_ref().map_or_else(|| at("bos_token_id").first().copied(), |f| f.bos),
         eos: beside.facts.as_ref().map_or_else(|| at("eos_token_id"), |f| f.eos.clone()),

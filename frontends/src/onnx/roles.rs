@@ -19,12 +19,20 @@ pub(super) struct Roles {
     pub(super) values: HashMap<T, String>,
     /// Names of the weights that linear layers, norms and sums read.
     pub(super) weights: HashMap<T, String>,
+    /// Whether something stands before the first layer, and behind the last one.
+    pub(super) embeds: bool,
+    pub(super) heads: bool,
 }
 
 /// The operands of a term.
 pub(super) fn operands(term: &Term) -> Vec<T> {
     match *term {
-        Term::Embed(_) | Term::Past(_) | Term::Scalar(..) | Term::Vector(_) | Term::Table(_) => vec![],
+        Term::Embed(_)
+        | Term::Given
+        | Term::Past(_)
+        | Term::Scalar(..)
+        | Term::Vector(_)
+        | Term::Table(_) => vec![],
         Term::Un(_, x)
         | Term::Limit(x, ..)
         | Term::Reduce(_, x, _)
@@ -79,12 +87,12 @@ fn cuts(terms: &Terms, all: &[T]) -> Vec<T> {
 }
 
 impl Roles {
-    /// Finds the layers of a decoder behind its logits.
+    /// Finds the layers of a decoder behind its result: logits, or the residual stream behind the last layer.
     ///
     /// # Errors
     /// What is missing, in a sentence.
-    pub(super) fn find(terms: &Terms, logits: T) -> Result<Self, String> {
-        let all = needed(logits, |t| operands(terms.get(t)));
+    pub(super) fn find(terms: &Terms, result: T) -> Result<Self, String> {
+        let all = needed(result, |t| operands(terms.get(t)));
         let attention: Vec<T> =
             all.iter().copied().filter(|&t| matches!(terms.get(t), Term::Attention(..))).collect();
         if attention.is_empty() {
@@ -92,8 +100,13 @@ impl Roles {
         }
         let cuts = cuts(terms, &all);
         let before = |end: T| cuts.iter().rev().copied().find(|&c| c < end);
-        let sum = |t: &T| matches!(terms.get(*t), Term::Bin(Bin::Add, ..));
-        let end = cuts.iter().rev().copied().filter(|&c| c < logits).find(sum);
+        let biases = |a: &T| matches!(terms.get(*a), Term::Vector(_));
+        // The head may end in a sum with its bias.
+        let sum = |t: &T| match terms.get(*t) {
+            Term::Bin(Bin::Add, a, b, _) => *t < result || !biases(a) && !biases(b),
+            _ => false,
+        };
+        let end = cuts.iter().rev().copied().find(sum);
         let mut starts = Vec::new();
         for &a in &attention {
             starts.push(before(a).ok_or("its layers do not hang together by one residual stream")?);
@@ -108,14 +121,19 @@ impl Roles {
             .zip(starts.windows(2))
             .map(|(&attention, w)| Layer { x: w[0], y: w[1], attention })
             .collect();
-        let mut roles = Roles { layers, values: HashMap::new(), weights: HashMap::new() };
+        let (first, last) = (layers[0].x, layers[layers.len() - 1].y);
+        let embeds = *terms.get(first) != Term::Given;
+        let heads = last != result;
+        let mut roles = Roles { layers, values: HashMap::new(), weights: HashMap::new(), embeds, heads };
         for i in 0..roles.layers.len() {
             let (x, y, a) = (roles.layers[i].x, roles.layers[i].y, roles.layers[i].attention);
             let inside: Vec<T> = all.iter().copied().filter(|&t| t > x && t <= y).collect();
             Namer { terms, roles: &mut roles, inside, prefix: format!("model.layers.{i}") }.layer(x, y, a);
         }
-        let inside = all.iter().copied().filter(|&t| t > roles.layers[roles.layers.len() - 1].y).collect();
-        Namer { terms, roles: &mut roles, inside, prefix: String::new() }.head(logits);
+        if heads {
+            let inside = all.iter().copied().filter(|&t| t > last).collect();
+            Namer { terms, roles: &mut roles, inside, prefix: String::new() }.head(result);
+        }
         Ok(roles)
     }
 }
@@ -270,9 +288,8 @@ impl Namer<'_> {
         }
     }
 
-    fn head(&mut self, logits: T) {
-        if let Some(input) = self.linear(logits, "lm_head", "logits", "logits") {
-            self.norm(input, "model.norm", "head_in");
-        }
+    fn head(&mut self, result: T) {
+        let input = self.linear(result, "lm_head", "logits", "logits");
+        self.norm(input.unwrap_or(result), "model.norm", "head_in");
     }
 }

@@ -10,7 +10,8 @@ use super::view::{Axis, Digit, Kind, Real, flat, size};
 impl Eval {
     pub(super) fn concat(&mut self, node: &Node, ins: &[Option<Val>]) -> Option<Made> {
         // Nothing, in front of or behind something.
-        let some = ins.iter().flatten().filter(|v| self.dims(v).iter().product::<usize>() > 0);
+        let cache = |v: &Val| matches!(v, Val::Real(r) if matches!(self.terms.get(r.t), Term::Past(_)));
+        let some = ins.iter().flatten().filter(|v| cache(v) || self.dims(v).iter().product::<usize>() > 0);
         let some: Vec<&Val> = some.collect();
         let (a, b) = match some[..] {
             [Val::Real(a)] => return Some(one(a.clone())),

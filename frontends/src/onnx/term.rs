@@ -82,6 +82,8 @@ pub(super) struct Vector {
 pub(super) enum Term {
     /// Rows of a table.
     Embed(Rc<Matrix>),
+    /// The hidden states that are an input.
+    Given,
     /// A cache, by its place among the inputs.
     Past(u32),
     /// One number, and the tensor that it comes from.

@@ -45,9 +45,14 @@ const OPSET: i64 = 21;
 const FLOAT: DataType = DataType::FLOAT;
 
 const INPUT_IDS: &str = "input_ids";
+/// What a part of a decoder without an embedding takes: with a head behind it, or without.
+const INPUTS_EMBEDS: &str = "inputs_embeds";
+const HIDDEN_STATES: &str = "hidden_states";
 const ATTENTION_MASK: &str = "attention_mask";
 const POSITION_IDS: &str = "position_ids";
 const LOGITS: &str = "logits";
+/// What a part of a decoder without a head gives.
+const LAST_HIDDEN_STATE: &str = "last_hidden_state";
 
 const BATCH: Size = Size::Named("batch_size");
 const NEW: Size = Size::Named("sequence_length");
@@ -86,7 +91,7 @@ pub enum OnnxError {
     Write(#[from] ArtefactError),
 }
 
-/// Writes [`MODEL`], [`DATA`] and [`GENAI`] into a folder. One weight at a time is in memory.
+/// Writes [`MODEL`], [`DATA`] and, of a whole decoder, [`GENAI`] into a folder. One weight at a time is in memory.
 ///
 /// # Errors
 /// If `@main` is no decoder, an operation or a scheme has no form in ONNX, a weight cannot be read, or a file cannot be
@@ -104,6 +109,13 @@ pub fn write(
     };
     let main = module.func(main);
     let layers = decoder(main)?;
+    let (first, lacks) = (main.ty(main.params[0]), module.lacks());
+    let output = if lacks.is_none_or(|l| l == "no embedding") { LOGITS } else { LAST_HIDDEN_STATE };
+    let (input, kind) = match (first.elem, output) {
+        (Elem::I32, _) => (INPUT_IDS, DataType::INT64),
+        (_, LOGITS) => (INPUTS_EMBEDS, FLOAT),
+        _ => (HIDDEN_STATES, FLOAT),
+    };
     let facts = &module.facts;
     let caches: Vec<&TensorType> = main.params[2..].iter().map(|&p| main.ty(p)).collect();
     let per_head = facts.kv_heads * facts.head_dim;
@@ -118,22 +130,23 @@ pub fn write(
         (0..layers).flat_map(both).collect()
     };
     let (past, present) = (cache("past_key_values"), cache("present"));
-    let fixed = [INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS];
+    let fixed = [input, ATTENTION_MASK, POSITION_IDS, output];
     for name in fixed.iter().copied().chain(past.iter().chain(&present).map(String::as_str)) {
         g.reserve(name);
     }
 
-    let mut args = vec![Value::Plain(INPUT_IDS.to_owned()), Value::Positions(POSITION_IDS.to_owned())];
+    let mut args = vec![Value::Plain(input.to_owned()), Value::Positions(POSITION_IDS.to_owned())];
     args.extend(past.iter().map(|name| Value::Heads(name.clone())));
     let weights = Weights::new(module, weights);
-    let mut walk = Walk { module, form: options.form, weights, g, depth: 0, shared: Shared::default() };
+    let mut walk =
+        Walk { module, form: options.form, input, weights, g, depth: 0, shared: Shared::default() };
     let results = walk.func(main, args)?;
     let mut outputs = Vec::new();
     for (i, (v, &id)) in results.iter().zip(&main.results).enumerate() {
         let (name, sizes) = match i.checked_sub(1) {
             None => {
-                let vocab = main.ty(id).shape.last().and_then(Dim::fixed).unwrap_or(0) as i64;
-                (LOGITS, vec![BATCH, NEW, Size::Fixed(vocab)])
+                let width = main.ty(id).shape.last().and_then(Dim::fixed).unwrap_or(0) as i64;
+                (output, vec![BATCH, NEW, Size::Fixed(width)])
             }
             Some(at) => (present[at].as_str(), heads(facts, TOTAL)),
         };
@@ -142,22 +155,24 @@ pub fn write(
             (Value::Heads(_), 0) | (_, 1..) => {
                 let what = format!("result {i} of @main is no {}", if i == 0 { "tensor" } else { "cache" });
                 let d = Diag::new("Q0501", what).at(place(main));
-                return Err(d.hint("behind the logits stand the appended caches").into());
+                return Err(d.hint("behind the first result stand the appended caches").into());
             }
             (v, 0) => walk.plain(v, main.ty(id))?,
         };
         walk.g.output(&tensor, name);
         outputs.push(value(name, FLOAT, &sizes));
     }
-    let mut inputs = vec![
-        value(INPUT_IDS, DataType::INT64, &[BATCH, NEW]),
-        value(ATTENTION_MASK, DataType::INT64, &[BATCH, TOTAL]),
-    ];
+    let rows = first.shape.0.get(2).and_then(|d| d.fixed()).map(|n| Size::Fixed(n as i64));
+    let sizes: Vec<Size> = [BATCH, NEW].into_iter().chain(rows).collect();
+    let mut inputs =
+        vec![value(input, kind, &sizes), value(ATTENTION_MASK, DataType::INT64, &[BATCH, TOTAL])];
     if walk.shared.positions {
         inputs.push(value(POSITION_IDS, DataType::INT64, &[BATCH, NEW]));
     }
     inputs.extend(past.iter().map(|name| value(name, FLOAT, &heads(facts, PAST))));
-    write_file(&folder.join(GENAI), genai::config(facts, walk.shared.positions).as_bytes())?;
+    if lacks.is_none() {
+        write_file(&folder.join(GENAI), genai::config(facts, walk.shared.positions).as_bytes())?;
+    }
     let model = message(walk.g, inputs, outputs, options.form, &facts.arch)?;
     let path = folder.join(MODEL);
     let bytes = model.write_to_bytes().map_err(|e| ArtefactError::new(&path, e.to_string()))?;
@@ -173,8 +188,8 @@ fn place(func: &Func) -> Place {
     Place { func: Some(func.name.clone()), ..Place::default() }
 }
 
-/// The number of layers of a decoder: `@main` takes ids, positions and a pair of caches for each layer, and gives logits
-/// and these caches with the new positions.
+/// The number of layers of a decoder: `@main` takes ids or hidden states, positions and a pair of caches for each layer, and
+/// gives logits or hidden states and these caches with the new positions.
 fn decoder(main: &Func) -> Result<usize, Diag> {
     let [b, s, p, t] = Sym::ALL.map(Dim::Sym);
     let is = |v: &qrmc_ir::ValueId, elem: Elem, dims: &[Dim]| {
@@ -183,7 +198,8 @@ fn decoder(main: &Func) -> Result<usize, Diag> {
     };
     let good = match (&main.params[..], &main.results[..]) {
         ([ids, pos, past @ ..], [logits, all @ ..]) => {
-            is(ids, Elem::I32, &[b, s])
+            (is(ids, Elem::I32, &[b, s]) && main.ty(*ids).shape.rank() == 2
+                || is(ids, Elem::F32, &[b, s]) && main.ty(*ids).shape.rank() == 3)
                 && is(pos, Elem::I32, &[s])
                 && is(logits, Elem::F32, &[b, s])
                 && past.len() == all.len()
@@ -196,7 +212,10 @@ fn decoder(main: &Func) -> Result<usize, Diag> {
     if good {
         return Ok((main.params.len() - 2) / 2);
     }
-    let d = Diag::new("Q0501", "this is no decoder with ids, positions and a pair of caches for each layer");
+    let d = Diag::new(
+        "Q0501",
+        "this is no decoder with tokens or hidden states, positions and a pair of caches for each layer",
+    );
     Err(d.at(place(main)).hint("docs/ir.md says what the functions of a decoder are"))
 }
 

@@ -8,7 +8,7 @@ use qrmc_ir::{AttnAttr, Def, Dim, Op, RopeAttr, Sym, TensorType, ValueId};
 use super::graph::CONTRIB;
 use super::proto::{float, int};
 use super::walk::{Frame, Value, Walk};
-use super::{ATTENTION_MASK, FLOAT, Form, INPUT_IDS, OnnxError};
+use super::{ATTENTION_MASK, FLOAT, Form, OnnxError};
 
 /// Most bytes of a table of cosines or sines: a million positions of 128 channels. Beyond, angles are computed.
 const MOST_TABLE: u64 = 1 << 28;
@@ -80,9 +80,10 @@ impl Walk<'_> {
         if let Some(mask) = &self.shared.mask {
             return mask.clone();
         }
+        let input = self.input;
         let g = &mut self.g;
         let scope = g.enter("");
-        let [seen, new] = [ATTENTION_MASK, INPUT_IDS].map(|x| {
+        let [seen, new] = [ATTENTION_MASK, input].map(|x| {
             let n = g.op_with("Shape", &[x], vec![int("start", 1), int("end", 2)]);
             g.op("Squeeze", &[&n])
         });

@@ -46,6 +46,8 @@ pub(super) struct Coded {
 pub(super) struct Walk<'a> {
     pub(super) module: &'a Module,
     pub(super) form: Form,
+    /// Name of the tokens or hidden states that the graph starts from.
+    pub(super) input: &'static str,
     pub(super) weights: Weights<'a>,
     pub(super) g: Graph,
     /// Calls around the function in the making.
