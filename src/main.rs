@@ -34,7 +34,10 @@ fn main() -> ExitCode {
     };
     let ui = ui::Ui::new(args.json);
     match cmd::run(args, &ui) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            ui.finish();
+            ExitCode::SUCCESS
+        }
         Err(f) => {
             ui.fail(&f);
             ExitCode::from(f.code)

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use qrmc_frontends::{Checkpoint, Integers, SideFile};
+use qrmc_frontends::{Checkpoint, Integers, Quantization, SideFile};
 use qrmc_ir::{Module, WeightSource};
 use qrmc_lowering::artefact::{Artefact, Check, Manifest, SourceInfo, is_artefact};
 use qrmc_runtime::engine::CpuEngine;
@@ -26,6 +26,8 @@ pub(crate) struct Model {
     /// The checkpoint behind it, unless it is an artefact.
     pub(crate) checkpoint: Option<Arc<dyn Checkpoint>>,
     pub(crate) format: String,
+    /// What a Hugging Face folder says of its codes.
+    pub(crate) quantization: Option<Quantization>,
     /// Configuration, tokenizer and template files.
     pub(crate) files: Vec<SideFile>,
     /// What the user should know about the way the weights were taken.
@@ -87,6 +89,11 @@ pub(crate) fn open_as(path: &Path, engine: &CpuEngine, integers: Integers) -> Re
     open_for(path, engine, integers, Purpose::Look)
 }
 
+/// As [`open`], to be asked for its schemes: nothing is computed from its values.
+pub(crate) fn open_schemes(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
+    open_for(path, engine, Integers::Schemes, Purpose::Pass)
+}
+
 /// As [`open`], to be run: tensors of an artefact whose layouts are in a good layout file are not read.
 pub(crate) fn open_to_run(path: &Path, engine: &CpuEngine) -> Result<Model, Failure> {
     open_for(path, engine, Integers::Keep, Purpose::Run)
@@ -122,6 +129,7 @@ fn open_for(path: &Path, engine: &CpuEngine, integers: Integers, purpose: Purpos
             weights: Arc::new(a),
             checkpoint: None,
             format: "qrmc artefact".into(),
+            quantization: None,
             files,
             notes: Vec::new(),
             manifest: Some(manifest),
@@ -139,6 +147,7 @@ fn open_for(path: &Path, engine: &CpuEngine, integers: Integers, purpose: Purpos
         weights: Arc::new(Weights(checkpoint.clone())),
         checkpoint: Some(checkpoint),
         format: imported.source.format,
+        quantization: imported.source.quantization,
         files: imported.source.files,
         notes: imported.source.notes,
         manifest: None,

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Value, json};
 
 use crate::fail::Failure;
 use crate::settings;
@@ -14,12 +15,14 @@ pub(crate) struct Ui {
     json: bool,
     color: bool,
     bar: RefCell<Option<ProgressBar>>,
+    /// The last object, which an error may still join.
+    last: RefCell<Option<Value>>,
 }
 
 impl Ui {
     pub(crate) fn new(json: bool) -> Self {
         let color = std::io::stderr().is_terminal() && !settings::no_color();
-        Ui { json, color, bar: RefCell::new(None) }
+        Ui { json, color, bar: RefCell::new(None), last: RefCell::new(None) }
     }
 
     /// Whether the output is for machines.
@@ -29,7 +32,7 @@ impl Ui {
 
     /// A line of data. A closed pipe ends the output quietly.
     pub(crate) fn out(&self, text: &str) {
-        self.clear();
+        self.finish();
         let _ = writeln!(std::io::stdout(), "{text}");
     }
 
@@ -39,9 +42,18 @@ impl Ui {
         let _ = write!(out, "{text}").and_then(|()| out.flush());
     }
 
-    /// One JSON object.
-    pub(crate) fn object(&self, value: &serde_json::Value) {
-        self.out(&format!("{value:#}"));
+    /// One JSON object. It is shown before what comes next, and at the end.
+    pub(crate) fn object(&self, value: &Value) {
+        self.finish();
+        *self.last.borrow_mut() = Some(value.clone());
+    }
+
+    /// Shows what has not been shown yet.
+    pub(crate) fn finish(&self) {
+        self.clear();
+        if let Some(value) = self.last.borrow_mut().take() {
+            let _ = writeln!(std::io::stdout(), "{value:#}");
+        }
     }
 
     /// A note for people.
@@ -81,15 +93,23 @@ impl Ui {
         }
     }
 
-    /// Reports a failure.
+    /// Reports a failure; for machines in the object of the results, if there is one.
     pub(crate) fn fail(&self, f: &Failure) {
-        self.clear();
         if self.json {
-            let value = serde_json::json!({
-                "error": { "exit": f.code, "code": f.id, "message": f.message, "hint": f.hint }
-            });
-            let _ = writeln!(std::io::stdout(), "{value:#}");
+            let error = json!({ "exit": f.code, "code": f.id, "message": f.message, "hint": f.hint });
+            let value = match self.last.take() {
+                Some(Value::Object(mut results)) => {
+                    results.insert("error".into(), error);
+                    Value::Object(results)
+                }
+                other => {
+                    self.last.replace(other);
+                    json!({ "error": error })
+                }
+            };
+            self.object(&value);
         }
+        self.finish();
         let (red, cyan, off) =
             if self.color { ("\x1b[31;1m", "\x1b[36;1m", "\x1b[0m") } else { ("", "", "") };
         let code = f.id.map(|c| format!("[{c}]")).unwrap_or_default();

@@ -72,6 +72,44 @@ fn folders_that_load_and_folders_that_do_not() {
 }
 
 #[test]
+fn folders_of_other_tools() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = "which it does not read; it takes the weights for floats";
+    for (fixture, target, format, seen) in [
+        // Columns in groups out of order are codes there, whatever the IR makes of them.
+        (
+            "gptq-v2-w8-actorder",
+            "vllm",
+            "gptq-v2",
+            "codes of u8<group:32, f16, zero>; it loads 4 and 8 bits without",
+        ),
+        ("gptq-v2-w8-actorder", "transformers", "gptq-v2", ""),
+        ("gptq-v2-w8-actorder", "gptqmodel", "gptq-v2", ""),
+        // Settings in files of their own.
+        ("awq-row-old", "vllm", "awq", settings),
+        ("awq-row-old", "transformers", "awq", settings),
+        ("awq-row-old", "vllm-ascend", "awq", settings),
+        ("gptq-w4-sym-old", "vllm", "gptq", settings),
+        ("gptq-w4-sym-old", "transformers", "gptq", settings),
+        ("gptq-w4-sym-old", "gptqmodel", "gptq", ""),
+        ("ct-int-w8a8-static-asym", "vllm", "compressed-tensors", ""),
+        ("ct-int-w8a8-static", "transformers", "compressed-tensors", ""),
+    ] {
+        let folder = data("quantized").join(fixture);
+        let s = run(dir.path(), &["check", folder.to_str().unwrap(), "--target", target, "--json"]);
+        let said: Value = serde_json::from_str(&s.out).unwrap();
+        assert_eq!(
+            (&said["format"], s.code),
+            (&format.into(), if seen.is_empty() { 0 } else { 4 }),
+            "{fixture} {target}: {}",
+            s.err
+        );
+        assert!(s.err.contains(seen), "{fixture} {target}: {}", s.err);
+        assert_eq!(said["error"]["exit"].as_i64(), (!seen.is_empty()).then_some(4), "{said}");
+    }
+}
+
+#[test]
 fn a_compile_for_a_runtime_is_refused_before_it_calibrates() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();

@@ -62,12 +62,23 @@ pub struct SideFile {
     pub bytes: Vec<u8>,
 }
 
+/// What a Hugging Face folder says of its codes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Quantization {
+    /// Their format, as `qrmc export --format` calls it.
+    pub format: &'static str,
+    /// Name of the file that says so: `config.json`, or one beside it.
+    pub file: String,
+}
+
 /// What a reader of one file format hands to the decoder builder.
 pub struct Opened {
     /// File or folder that was named by the user.
     pub path: PathBuf,
     /// Format, for people: `"Hugging Face folder"`, `"Hugging Face folder, AWQ"`, `"GGUF v3"`.
     pub format: String,
+    /// The codes of a Hugging Face folder.
+    pub quantization: Option<Quantization>,
     /// The Hugging Face `config.json`, read or rebuilt.
     pub config: Value,
     /// The weights.

@@ -16,7 +16,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use arch::{ARCHS, ArchSpec, DecoderConfig, When, read_config};
-pub use checkpoint::{Checkpoint, Opened, RoundedInput, SideFile, SmallTensor};
+pub use checkpoint::{Checkpoint, Opened, Quantization, RoundedInput, SideFile, SmallTensor};
 pub use error::ImportError;
 pub use onnx::{OnnxHeader, OnnxNode, genai_config};
 use qrmc_ir::Module;
@@ -30,6 +30,9 @@ pub enum Integers {
     Keep,
     /// The values that they stand for are taken: what passes start from.
     Dequantize,
+    /// As `Keep`, and codes whose columns are in groups out of order are codes, too: for what is said of schemes. The IR has
+    /// no such order, so the values are not those of the model.
+    Schemes,
 }
 
 /// What is noted where codes would have been kept.

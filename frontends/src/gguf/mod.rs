@@ -47,7 +47,7 @@ pub fn open_file(path: &Path, integers: Integers) -> Result<Opened, ImportError>
     }
     let weights = Box::new(GgufCheckpoint::new(file, &model, integers)?);
     let notes = weights.notes(integers);
-    Ok(Opened { path: path.to_owned(), format, config, weights, files, notes })
+    Ok(Opened { path: path.to_owned(), format, quantization: None, config, weights, files, notes })
 }
 
 fn json_file(name: &str, value: &serde_json::Value) -> SideFile {

@@ -90,7 +90,7 @@ impl GgufCheckpoint {
             let mut push = |end: &str, part| {
                 order.push(Named { name: format!("{name}{end}"), tensor: i, heads, part });
             };
-            match spec.filter(|_| integers == Integers::Keep) {
+            match spec.filter(|_| integers != Integers::Dequantize) {
                 None => push("", Part::Values),
                 Some(spec) => {
                     push(".codes", Part::Codes(spec));

@@ -99,8 +99,8 @@ pub fn open_folder(path: &Path, integers: Integers) -> Result<Opened, ImportErro
         Some(codes) => format!("Hugging Face folder, {codes}"),
         None => "Hugging Face folder".to_owned(),
     };
-    let quantized::Weights { weights, notes, .. } = weights;
-    Ok(Opened { path: path.to_owned(), format, config, weights, files, notes })
+    let quantized::Weights { weights, quantization, notes, .. } = weights;
+    Ok(Opened { path: path.to_owned(), format, quantization, config, weights, files, notes })
 }
 
 /// The files of a folder that travel with the model.

@@ -245,7 +245,7 @@ impl<'a> Build<'a> {
                 Some(v) => self.vector(&v, None, t).map(drop),
                 None => Ok(()),
             },
-            Term::Static { scale, zero, .. } if self.integers == Integers::Keep => {
+            Term::Static { scale, zero, .. } if self.integers != Integers::Dequantize => {
                 self.vector(&scale, None, t)?;
                 if let Some(z) = zero {
                     let name = self.own_name(z.tensor, format!("onnx.zero{t}"));

@@ -50,7 +50,7 @@ impl Build<'_> {
 
     /// Whether a linear layer keeps the codes of its matrix. A table of tokens is read as floats.
     pub(super) fn keeps(&self, m: &Matrix) -> bool {
-        self.integers == Integers::Keep && m.spec().is_some()
+        self.integers != Integers::Dequantize && m.spec().is_some()
     }
 
     fn vector_value(&self, b: &mut Builder<'_>, v: &Vector, t: T) -> Result<ValueId, Fault> {

@@ -141,7 +141,7 @@ pub(crate) fn import(path: &Path, integers: Integers) -> Result<Imported, Import
     let format = format!("ONNX, opset {}{}", model.opset, producer(&model));
     let (config, files) = beside.files(&module, &found);
     let weights = Box::new(OnnxCheckpoint { model, pieces });
-    let source = Opened { path: path.to_owned(), format, config, weights, files, notes };
+    let source = Opened { path: path.to_owned(), format, quantization: None, config, weights, files, notes };
     Ok(Imported { module, source })
 }
 

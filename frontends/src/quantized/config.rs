@@ -74,6 +74,8 @@ impl Pattern {
 pub(super) struct Rules {
     /// For people: `AWQ`, `GPTQ v2`, `compressed-tensors pack-quantized`.
     pub(super) format: String,
+    /// The same as `qrmc export --format` calls it.
+    pub(super) name: &'static str,
     /// The file that says it.
     pub(super) path: PathBuf,
     /// The first that matches decides; `None` leaves a layer in floats.

@@ -12,7 +12,7 @@ use qrmc_ir::{Elem, RawWeight, TensorType, WeightError, WeightSource};
 use serde_json::Value;
 
 use crate::hf::SafetensorsFolder;
-use crate::{Checkpoint, ImportError, Integers, RoundedInput};
+use crate::{Checkpoint, ImportError, Integers, Quantization, RoundedInput};
 
 mod config;
 mod linear;
@@ -68,6 +68,7 @@ pub(crate) struct Weights {
     pub(crate) weights: Box<dyn Checkpoint>,
     /// What the layers are stored as, for people; `None` if all are floats.
     pub(crate) format: Option<String>,
+    pub(crate) quantization: Option<Quantization>,
     pub(crate) notes: Vec<String>,
 }
 
@@ -102,7 +103,12 @@ pub(crate) fn open(
     let Some(rules) = rules else {
         let shape = files.shapes().map(|(name, _)| format!("{name}.weight_shape")).next();
         return match packed().map(|(name, _)| name).or(shape) {
-            None => Ok(Weights { weights: Box::new(files), format: None, notes: Vec::new() }),
+            None => Ok(Weights {
+                weights: Box::new(files),
+                format: None,
+                quantization: None,
+                notes: Vec::new(),
+            }),
             Some(name) => Err(ImportError::new(
                 folder,
                 format!("tensor `{name}` is of a quantized model, but config.json has no `quantization_config`"),
@@ -112,7 +118,9 @@ pub(crate) fn open(
     };
     let folder = QuantizedFolder::new(folder, &rules, files, integers)?;
     let notes = folder.notes(integers);
-    Ok(Weights { weights: Box::new(folder), format: Some(rules.format), notes })
+    let file = rules.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let quantization = Some(Quantization { format: rules.name, file });
+    Ok(Weights { weights: Box::new(folder), format: Some(rules.format), quantization, notes })
 }
 
 impl QuantizedFolder {
@@ -161,7 +169,7 @@ impl QuantizedFolder {
             return Err(lonely(folder, &format!("{name}.weight_shape"), &format!("{name}.weight_packed")));
         }
         let by_name = tensors.iter().enumerate().map(|(i, (name, ..))| (name.clone(), i)).collect();
-        let rounds = |(_, l): &(usize, &Linear)| integers == Integers::Keep && l.input.is_some();
+        let rounds = |(_, l): &(usize, &Linear)| integers != Integers::Dequantize && l.input.is_some();
         let inputs = linears.iter().enumerate().filter(rounds);
         let inputs = inputs.map(|(i, l)| (format!("{}.weight", l.name), i)).collect();
         Ok(QuantizedFolder { files, linears, tensors, by_name, inputs })
@@ -178,7 +186,7 @@ impl QuantizedFolder {
                 }
                 vec![note]
             }
-            (_, [first, ..]) => vec![format!(
+            (Integers::Keep, [first, ..]) => vec![format!(
                 "the columns of {} matrices are in groups out of order (act-order with `g_idx`), `{}` first: these are \
                  de-quantized to f32, exactly as their codes say",
                 reordered.len(),
@@ -225,9 +233,9 @@ fn lonely(folder: &Path, name: &str, codes: &str) -> ImportError {
 
 /// The tensors that a layer is handed out as.
 fn handed_out(l: &Linear, i: usize, integers: Integers) -> Vec<(String, TensorType, Origin)> {
-    let calibrated = l.input.iter().filter(|_| integers == Integers::Keep).flat_map(|r| &r.calibrated);
+    let calibrated = l.input.iter().filter(|_| integers != Integers::Dequantize).flat_map(|r| &r.calibrated);
     let inputs = calibrated.enumerate().map(|(at, t)| (t.name.clone(), t.ty.clone(), Origin::Input(i, at)));
-    if integers == Integers::Dequantize || l.order.is_some() {
+    if integers == Integers::Dequantize || integers == Integers::Keep && l.order.is_some() {
         let ty = TensorType::new(Elem::F32, [l.rows, l.cols].as_slice());
         let floats = (format!("{}.weight", l.name), ty, Origin::Floats(i));
         return std::iter::once(floats).chain(inputs).collect();

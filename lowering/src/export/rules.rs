@@ -18,6 +18,8 @@ pub struct Runtime {
     pub version: &'static str,
     /// Export formats that it loads.
     pub formats: &'static [&'static str],
+    /// Files of a folder in which it looks for the settings of codes.
+    pub settings: &'static [&'static str],
     check: fn(&Case<'_>) -> Vec<Fault>,
 }
 
@@ -49,6 +51,15 @@ impl Runtime {
         let what = format!("{} {} does not load the format {format}", self.name, self.version);
         let fault = Fault::new(what, format!("it loads {}", self.formats.join(", ")));
         (!self.formats.contains(&format)).then_some(fault)
+    }
+
+    /// That it does not look into the file that says how a folder's weights are stored as codes, if it does not.
+    pub fn unsaid(&self, file: &str) -> Option<Fault> {
+        let what = format!(
+            "the settings of its codes are in {file}, which it does not read; it takes the weights for floats"
+        );
+        let fault = Fault::new(what, "put them into config.json, as `quantization_config`");
+        (!self.settings.contains(&file)).then_some(fault)
     }
 
     /// Everything that this runtime would refuse of a checkpoint in a format, for each number of ranks.

@@ -40,10 +40,11 @@ pub(super) fn run(args: &CheckArgs, runtime: &Runtime, ui: &Ui) -> Result<(), Fa
         ("onnx", faults)
     } else {
         let engine = super::super::engine(&args.machine)?;
-        let model = model::open_to_pass(&args.model, &engine)?;
+        let model = model::open_schemes(&args.model, &engine)?;
         let format = format(&model)?;
         let view = view(&model.module, &model.outline()?)?;
-        (format, runtime.faults(&view, format, &args.tp))
+        let said = model.quantization.iter().filter_map(|q| runtime.unsaid(&q.file));
+        (format, said.chain(runtime.faults(&view, format, &args.tp)).collect())
     };
     let ranks: Vec<String> =
         if args.tp.is_empty() { vec!["1".into()] } else { args.tp.iter().map(u32::to_string).collect() };
@@ -125,16 +126,7 @@ fn format(model: &Model) -> Result<&'static str, Failure> {
     if model.path.is_file() {
         return Ok("gguf");
     }
-    let config: Value =
-        model.file("config.json").and_then(|b| serde_json::from_slice(b).ok()).unwrap_or_default();
-    let quantized = &config["quantization_config"];
-    Ok(match quantized["quant_method"].as_str() {
-        None => "fake",
-        Some("awq") => "awq",
-        Some("gptq") if quantized["checkpoint_format"] == "gptq_v2" => "gptq-v2",
-        Some("gptq") => "gptq",
-        Some(_) => "compressed-tensors",
-    })
+    Ok(model.quantization.as_ref().map_or("fake", |q| q.format))
 }
 
 fn view(packed: &Module, source: &Module) -> Result<View, Failure> {

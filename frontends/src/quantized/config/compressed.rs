@@ -53,7 +53,8 @@ pub(super) fn read(s: &Settings<'_>) -> Result<Rules, ImportError> {
         }
     }
     rules.extend(by_kind.into_iter().flatten());
-    Ok(Rules { format: format!("compressed-tensors {}", formats.join(", ")), path: s.path.clone(), rules })
+    let format = format!("compressed-tensors {}", formats.join(", "));
+    Ok(Rules { format, name: "compressed-tensors", path: s.path.clone(), rules })
 }
 
 /// A name, a pattern behind `re:`, or the class of all linear layers.

