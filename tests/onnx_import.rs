@@ -132,6 +132,7 @@ fn quantized_exports_come_back_with_their_integers() {
         "kvquant{bits=4}",
         "quarot",
         "quarot-kv{bits=4}",
+        "quarot-kv{bits=4,bias=aware}",
         "flatquant{epochs=1,batch=2,tp=2}",
     ] {
         let (unit, ..) = compile("fixtures/qwen2-bias-tied", text, &windows(256, 2, 32));

@@ -107,7 +107,11 @@ impl Build<'_> {
             Term::Silu(x) => b.op1(Op::Silu, &[need(m, *x)?])?,
             Term::Rope(x, attr) => {
                 let pos = m.pos.ok_or_else(|| self.unknown(t, "positions outside of a layer"))?;
-                b.op1(Op::Rope(*attr), &[need(m, *x)?, pos])?
+                let mut v = need(m, *x)?;
+                if matches!(self.terms.get(*x), Term::Vector(_)) {
+                    v = b.op1(Op::Reshape(Shape([1, 1, info.n].map(Dim::Fixed).to_vec())), &[v])?;
+                }
+                b.op1(Op::Rope(*attr), &[v, pos])?
             }
             Term::Append(past, new) => {
                 let (past, new) = (need(m, *past)?, need(m, *new)?);

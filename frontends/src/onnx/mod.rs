@@ -20,6 +20,7 @@ mod known;
 mod matrix;
 mod multihead;
 mod operand;
+mod placed;
 mod ports;
 mod product;
 mod quantize;

@@ -223,6 +223,7 @@ impl Namer<'_> {
 
     /// Queries or keys: positions, norms of heads, the linear layer.
     fn heads(&mut self, t: T, letter: char) -> Option<T> {
+        let t = self.without_bias(t, letter);
         let mut at = t;
         let turned = self.behind(t);
         if let Term::Rope(x, _) = *self.terms.get(turned) {
@@ -233,6 +234,14 @@ impl Namer<'_> {
             at = x;
         }
         self.linear(at, &format!("self_attn.{letter}_proj"), &format!("{letter}_proj"), &letter.to_string())
+    }
+
+    /// What stands before a bias that is added with its positions in it.
+    fn without_bias(&mut self, t: T, letter: char) -> T {
+        let Term::Bin(Bin::Add, a, b, _) = *self.terms.get(t) else { return t };
+        let Some(bias) = self.terms.placed_vector(b) else { return t };
+        self.weight(bias, &format!("self_attn.{letter}_proj.bias"));
+        a
     }
 
     /// What is appended to a cache.

@@ -271,7 +271,10 @@ impl Terms {
         let pos = if self.pos(a) == Pos::Any { self.pos(b) } else { self.pos(a) };
         let raised = match op {
             Bin::Mul => self.product(a, b).or_else(|| self.product(b, a)),
-            Bin::Add => self.turned(a, b).or_else(|| self.turned(b, a)),
+            Bin::Add => {
+                let found = self.turned(a, b).or_else(|| self.turned(b, a));
+                found.or_else(|| self.placed(a, b)).or_else(|| self.placed(b, a))
+            }
             // A division by a root is a product with its inverse.
             Bin::Div if self.is(a, 1.0) => Some(self.un(Un::Recip, b)),
             Bin::Div if matches!(self.get(b), Term::Un(Un::Sqrt, _)) => {
