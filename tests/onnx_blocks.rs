@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use qrmc_frontends::{Imported, Integers};
-use qrmc_ir::{Module, Tensor, WeightSource, interp, parse, print, print_func, verify};
+use qrmc_ir::{Lacks, Module, Tensor, WeightSource, interp, parse, print, print_func, verify};
 use qrmc_lowering::export::onnx::{self, Form, Options};
 
 use crate::run::{ok, run};
@@ -51,7 +51,7 @@ fn hidden_states_are_those_of_onnxruntime() {
         let rest = results(module, weights, &args);
         let (diff, size) = gap(&rest[0], &cut(&want, 5, 9));
         assert!(diff <= 1e-5 * size && rest[1].shape()[1] == 9, "{name}: off by {diff} of {size}");
-        assert_eq!((module.facts.vocab, module.lacks()), (0, Some("no embedding and no head")), "{name}");
+        assert_eq!((module.facts.vocab, module.lacks()), (0, Some(Lacks::Both)), "{name}");
     }
 }
 
@@ -136,10 +136,10 @@ fn decoders_without_one_end_come_back_too() {
     let config = std::fs::read(data("fixtures/qwen2-bias-untied/config.json")).unwrap();
     let source = Source(model.source.weights);
     for (embed, head, lacks, names) in [
-        (false, Head::Whole, "no embedding", ["inputs_embeds", "logits"]),
-        (true, Head::None, "no head", ["input_ids", "last_hidden_state"]),
-        (true, Head::Norm, "no head", ["input_ids", "last_hidden_state"]),
-        (false, Head::Norm, "no embedding and no head", ["hidden_states", "last_hidden_state"]),
+        (false, Head::Whole, Lacks::Embedding, ["inputs_embeds", "logits"]),
+        (true, Head::None, Lacks::Head, ["input_ids", "last_hidden_state"]),
+        (true, Head::Norm, Lacks::Head, ["input_ids", "last_hidden_state"]),
+        (false, Head::Norm, Lacks::Both, ["hidden_states", "last_hidden_state"]),
     ] {
         let of = part(&model.module, embed, head);
         assert_eq!(of.lacks(), Some(lacks));

@@ -37,8 +37,8 @@ pub struct RoundedInput {
 impl RoundedInput {
     /// Whether both round a value to the same codes of the same meaning.
     pub(crate) fn same(&self, other: &RoundedInput) -> bool {
-        let bytes = |r: &RoundedInput| r.calibrated.iter().map(|t| t.bytes.clone()).collect::<Vec<_>>();
-        self.spec == other.spec && bytes(self) == bytes(other)
+        let numbers = self.calibrated.iter().map(|t| &t.bytes);
+        self.spec == other.spec && numbers.eq(other.calibrated.iter().map(|t| &t.bytes))
     }
 }
 

@@ -38,7 +38,7 @@ pub use factors::fermat;
 pub use hash::{Hash, structural_hash};
 pub use infer::{infer, list_divisors};
 pub use module::{
-    Def, Func, FuncId, ModelFacts, Module, Node, ShownValue, Value, ValueId, WeightDecl, WeightId,
+    Def, Func, FuncId, Lacks, ModelFacts, Module, Node, ShownValue, Value, ValueId, WeightDecl, WeightId,
 };
 pub use op::{AttnAttr, BinaryOp, Op, OpText, ReduceOp, UnaryOp};
 pub use parse::{parse, parse_type};

@@ -214,6 +214,27 @@ impl fmt::Display for ShownValue<'_> {
     }
 }
 
+/// What a block of a decoder has not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lacks {
+    /// Tokens become hidden states elsewhere.
+    Embedding,
+    /// Hidden states become logits elsewhere.
+    Head,
+    /// It goes from hidden states to hidden states.
+    Both,
+}
+
+impl fmt::Display for Lacks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Lacks::Embedding => "no embedding",
+            Lacks::Head => "no head",
+            Lacks::Both => "no embedding and no head",
+        })
+    }
+}
+
 /// A model: facts, declared weights, functions, and what was done to it.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Module {
@@ -278,15 +299,15 @@ impl Module {
         (0..).map_while(|i| self.find_func(&format!("layer{i}"))).collect()
     }
 
-    /// What a decoder with `@main` lacks to give logits for tokens, such as `no embedding`: then it is a block of one.
-    pub fn lacks(&self) -> Option<&'static str> {
+    /// What a decoder with `@main` lacks to give logits for tokens: then it is a block of one.
+    pub fn lacks(&self) -> Option<Lacks> {
         self.find_func("main").filter(|_| !self.layers().is_empty())?;
         let product = |f: FuncId| self.func(f).nodes.iter().any(|n| matches!(n.op, Op::MatMul { .. }));
         match (self.find_func("embed").is_some(), self.find_func("head").is_some_and(product)) {
             (true, true) => None,
-            (true, false) => Some("no head"),
-            (false, true) => Some("no embedding"),
-            (false, false) => Some("no embedding and no head"),
+            (true, false) => Some(Lacks::Head),
+            (false, true) => Some(Lacks::Embedding),
+            (false, false) => Some(Lacks::Both),
         }
     }
 

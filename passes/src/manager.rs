@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use qrmc_ir::{Diag, Module, print, verify};
+use qrmc_ir::{Diag, Lacks, Module, print, verify};
 
 use crate::check::{Gap, compare_logits, seeded_input};
 use crate::pass::{Pass, PassCx, PassError, Preserves, stage_of};
@@ -88,7 +88,7 @@ pub fn legal(pipeline: &Pipeline, module: &Module) -> Result<(), PipelineError> 
 
 /// Refuses calibration text for a block without an embedding.
 fn readable(pass: &dyn Pass, module: &Module) -> Result<(), Diag> {
-    match module.lacks().filter(|_| pass.info().calibrates && module.find_func("embed").is_none()) {
+    match module.lacks().filter(|l| pass.info().calibrates && *l != Lacks::Head) {
         None => Ok(()),
         Some(lacks) => {
             let name = pass.info().name;

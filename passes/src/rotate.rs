@@ -54,8 +54,7 @@ impl Pass for Rotate {
         let (o, facts) = (&self.0, &module.facts);
         check_tp(facts, o.tp)?;
         o.skip.on(module)?;
-        let ends = ["embed", "head"].iter().all(|f| module.find_func(f).is_some());
-        if let Some(lacks) = module.lacks().filter(|_| o.residual && !ends) {
+        if let Some(lacks) = module.lacks().filter(|_| o.residual) {
             let m = format!(
                 "`rotate`: the residual stream changes its basis, and this is a block of a decoder: it has {lacks}"
             );

@@ -80,7 +80,8 @@ impl Rounding {
     /// # Errors
     /// If they cannot be read.
     pub(super) fn zeros(&self, src: &dyn WeightSource) -> Result<Vec<u8>, ExportError> {
-        self.zero.iter().try_fold(Vec::new(), |_, name| Ok(src.raw(name)?.bytes.into_owned()))
+        let stored = self.zero.as_ref().map(|name| src.raw(name)).transpose()?;
+        Ok(stored.map(|raw| raw.bytes.into_owned()).unwrap_or_default())
     }
 
     /// The scheme, if it is codes with one calibrated scale for the whole tensor, of a value that is as it was: signed ones,

@@ -22,7 +22,7 @@ use std::path::Path;
 use onnx_protobuf::tensor_proto::DataType;
 use onnx_protobuf::{GraphProto, Message, ModelProto, ValueInfoProto};
 use protobuf::MessageField;
-use qrmc_ir::{Diag, Dim, Elem, Func, Place, Sym, TensorType, Verified, WeightError, WeightSource};
+use qrmc_ir::{Diag, Dim, Elem, Func, Lacks, Place, Sym, TensorType, Verified, WeightError, WeightSource};
 
 use crate::artefact::ArtefactError;
 use data::DataFile;
@@ -110,7 +110,7 @@ pub fn write(
     let main = module.func(main);
     let layers = decoder(main)?;
     let (first, lacks) = (main.ty(main.params[0]), module.lacks());
-    let output = if lacks.is_none_or(|l| l == "no embedding") { LOGITS } else { LAST_HIDDEN_STATE };
+    let output = if matches!(lacks, Some(Lacks::Head | Lacks::Both)) { LAST_HIDDEN_STATE } else { LOGITS };
     let (input, kind) = match (first.elem, output) {
         (Elem::I32, _) => (INPUT_IDS, DataType::INT64),
         (_, LOGITS) => (INPUTS_EMBEDS, FLOAT),
