@@ -53,9 +53,13 @@ def decoder(linear):
     return t
 
 
-def folder(name, quantization, linear):
+def folder(name, quantization, linear, description=None):
+    """`description` is the type of all linear layers in a description for vllm-ascend."""
     head, data = safetensors(decoder(linear))
     text = config(quantization)
+    if description is not None:
+        types = {f"model.layers.0.{n}.weight": description for n in LINEAR}
+        text += b"\x1e" + json.dumps({**types, "model_quant_type": description}, separators=(",", ":")).encode()
     put("quantized", name, struct.pack("<H", len(text)) + text + struct.pack("<H", len(head)) + head + data)
     return struct.pack("<Q", len(head)) + head + data
 
@@ -94,6 +98,12 @@ def folders():
                                                     "input_activations": whole}}, "ignore": ["lm_head"]},
            lambda r, c: {"weight": ("I8", [r, c], b"\x80\x7f\x01"), "weight_scale": ("F16", [r, 1], half),
                          "input_scale": ("F16", [1], half), "input_zero_point": ("I8", [1], b"\x05")})
+    zero, full = struct.pack("<f", 0.0), struct.pack("<f", 1.0)
+    sides = lambda r: {"weight_scale": ("F32", [r, 1], full), "weight_offset": ("F32", [r, 1], zero)}
+    folder("described", None, lambda r, c: {"weight": ("I8", [r, c], b"\x80\x7f\x01"), **sides(r)}, "W8A8_DYNAMIC")
+    folder("transformed", None,
+           lambda r, c: {"weight": ("I8", [r, c], b"\xf8\x07\x01"), **sides(r), "left_trans": ("F32", [4, 4], full),
+                         "right_trans": ("F32", [8, 8], full), "clip_ratio": ("F32", [1], full)}, "W4A4_FLATQUANT_DYNAMIC")
     put("safetensors", "empty", struct.pack("<Q", 2) + b"{}")
 
 

@@ -64,6 +64,9 @@ fn integers_come_back_through_every_format() {
         ("rtn{bits=3,group=32,scale=f16}", &["gptq", "gptq-v2", "compressed-tensors"]),
         ("rtn{bits=8,group=32,sym=true,scale=f16}", &["gptq", "gptq-v2", "compressed-tensors", "gguf"]),
         ("rtn{bits=8,a=8,group=row,sym=true}", &["compressed-tensors"]),
+        ("annotate{w=8,group=row,sym=true,scale=bf16,a=8,a_sym=true},rtn", &["compressed-tensors", "ascend"]),
+        ("rtn{bits=8,group=row,sym=true,scale=f16}", &["ascend"]),
+        ("annotate{w=4,group=row,sym=true,a=4,a_sym=true},rtn", &["ascend"]),
     ] {
         compile(d, "qwen2-bias-tied", recipe, "a");
         let want = stored(&d.join("a"));

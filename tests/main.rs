@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed test panics")]
 
 mod ascend;
+mod ascend_import;
 mod awq;
 mod batching;
 mod cli;

@@ -32,13 +32,27 @@ pub struct RoundedInput {
     pub spec: QuantSpec,
     /// The calibrated scale and, where the scheme has one, the zero point; none where they are found from the input.
     pub calibrated: Vec<SmallTensor>,
+    /// Matrices that it is multiplied by before, and elements inside the axis that they multiply.
+    pub transforms: Vec<(SmallTensor, u64)>,
+    /// A factor of both ends of its range.
+    pub clip: Option<SmallTensor>,
 }
 
 impl RoundedInput {
     /// Whether both round a value to the same codes of the same meaning.
     pub(crate) fn same(&self, other: &RoundedInput) -> bool {
-        let numbers = self.calibrated.iter().map(|t| &t.bytes);
-        self.spec == other.spec && numbers.eq(other.calibrated.iter().map(|t| &t.bytes))
+        let numbers = self.tensors().map(|t| (&t.ty, &t.bytes));
+        self.spec == other.spec && numbers.eq(other.tensors().map(|t| (&t.ty, &t.bytes)))
+    }
+
+    /// Rounded by scales that are found from the input.
+    pub(crate) fn by_itself(spec: QuantSpec) -> Self {
+        RoundedInput { spec, calibrated: Vec::new(), transforms: Vec::new(), clip: None }
+    }
+
+    /// All numbers of the checkpoint that it takes.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &SmallTensor> {
+        self.transforms.iter().map(|(t, _)| t).chain(&self.clip).chain(&self.calibrated)
     }
 }
 

@@ -88,11 +88,17 @@ fn rounded<'w>(
     if let Some((.., y)) = made.iter().find(|(of, other, _)| *of == x && other.same(by)) {
         return Ok(*y);
     }
+    let mut v = x;
+    for (t, inner) in &by.transforms {
+        let m = weight(b, &t.name)?;
+        v = b.op1(Op::ModeMul { inner: *inner }, &[v, m])?;
+    }
     let y = if by.calibrated.is_empty() {
-        b.op1(Op::FakeQuant(by.spec, Rule::Dynamic), &[x])?
+        let ends = by.clip.iter().map(|t| weight(b, &t.name)).collect::<Result<Vec<_>, _>>()?;
+        b.op1(Op::FakeQuant(by.spec, Rule::Dynamic), &[&[v], &ends[..], &ends[..]].concat())?
     } else {
         let sides = by.calibrated.iter().map(|t| weight(b, &t.name)).collect::<Result<Vec<_>, _>>()?;
-        let codes = b.op1(Op::QCast(by.spec), &[&[x], &sides[..]].concat())?;
+        let codes = b.op1(Op::QCast(by.spec), &[&[v], &sides[..]].concat())?;
         b.op1(Op::DCast, &[&[codes], &sides[..]].concat())?
     };
     made.push((x, by, y));

@@ -77,7 +77,7 @@ pub(super) fn declare(
         used.insert(name.clone());
         if have.contains_key(&format!("{name}.codes")) {
             declare_codes(module, path, name, shape, &have, &mut used)?;
-            for t in weights.rounded_input(name).iter().flat_map(|r| &r.calibrated) {
+            for t in weights.rounded_input(name).iter().flat_map(|r| r.tensors()) {
                 declare_as(module, path, &t.name, &t.ty)?;
                 used.insert(t.name.clone());
             }

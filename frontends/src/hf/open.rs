@@ -91,8 +91,8 @@ pub fn open_folder(path: &Path, integers: Integers) -> Result<Opened, ImportErro
     }
     let config = read_config(path)?;
     // First, so that a method that is not read is named, and not the type of its tensors.
-    let configured = quantized::configured(path, &config)?;
-    let weights = SafetensorsFolder::open(path)?.ok_or_else(|| no_weights(path))?;
+    let configured = quantized::configured(path, &config, read_small)?;
+    let weights = SafetensorsFolder::open_named(path, configured.stem())?.ok_or_else(|| no_weights(path))?;
     let weights = quantized::open(path, configured, weights, integers, read_small)?;
     let files = side_files(path)?;
     let format = match &weights.format {

@@ -224,12 +224,20 @@ impl SafetensorsFolder {
     /// As [`SafetensorsFile::open`]; if the index is no index, names a shard that is missing or outside the
     /// folder, or a tensor that its shard does not hold.
     pub fn open(folder: &Path) -> Result<Option<Self>, ImportError> {
-        let single = folder.join("model.safetensors");
+        Self::open_named(folder, "model")
+    }
+
+    /// As [`SafetensorsFolder::open`], of files whose names begin with `stem`.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn open_named(folder: &Path, stem: &str) -> Result<Option<Self>, ImportError> {
+        let single = folder.join(format!("{stem}.safetensors"));
         if single.exists() {
             let file = SafetensorsFile::open(&single)?;
             return Ok(Some(Self::collect(vec![file], |_, _| true)));
         }
-        let index = folder.join("model.safetensors.index.json");
+        let index = folder.join(format!("{stem}.safetensors.index.json"));
         if !index.exists() {
             return Ok(None);
         }

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::ImportError;
 
+pub(super) mod ascend;
 mod compressed;
 mod words;
 
@@ -25,6 +26,11 @@ pub(super) enum Storage {
     Packed,
     /// compressed-tensors `int-quantized` and `naive-quantized`: a signed byte for each code.
     Bytes,
+    /// vllm-ascend's description: a signed byte for each code (methods.md §10.5).
+    Ascend {
+        /// Whether a Kronecker pair stands before the rounding of inputs, with a clip of their range.
+        transformed: bool,
+    },
 }
 
 /// What the configuration says about one linear layer.
@@ -83,6 +89,17 @@ pub(super) struct Rules {
 }
 
 impl Rules {
+    /// The types of vllm-ascend's description, if the folder has one.
+    ///
+    /// # Errors
+    /// If it is damaged, or has a type that is not read.
+    pub(super) fn described(
+        folder: &Path,
+        read: impl Fn(&Path) -> Result<Vec<u8>, ImportError>,
+    ) -> Result<Option<Rules>, ImportError> {
+        ascend::read(folder, read)
+    }
+
     /// What is said about a linear layer, such as `model.layers.0.mlp.up_proj`; `None` if it stays in floats.
     pub(super) fn of(&self, module: &str) -> Option<&Scheme> {
         self.rules.iter().find(|(p, _)| p.matches(module))?.1.as_ref()

@@ -69,12 +69,21 @@ impl Linear {
 
     /// The tensor whose bytes are those of the scales, if there is one.
     pub(super) fn scales_as_stored(&self) -> Option<String> {
-        matches!(self.scheme.storage, Storage::Packed | Storage::Bytes).then(|| self.tensor("weight_scale"))
+        (!self.has_qweight()).then(|| self.tensor("weight_scale"))
     }
 
     /// Whether the layout is one of those that have `qweight`.
     pub(super) fn has_qweight(&self) -> bool {
         matches!(self.scheme.storage, Storage::Awq | Storage::Gptq { .. })
+    }
+
+    /// Whether a tensor of this name goes with codes that are called so, in the layout that the layer has.
+    pub(super) fn has_beside(&self, name: &str, codes: &str) -> bool {
+        match (self.scheme.storage, codes) {
+            (Storage::Awq | Storage::Gptq { .. }, codes) => codes == "qweight",
+            (Storage::Ascend { .. }, codes) => codes == "weight" || name.ends_with(".weight_scale"),
+            (Storage::Packed | Storage::Bytes, codes) => codes == "weight_packed",
+        }
     }
 
     fn read_words(&self, files: &SafetensorsFolder, part: &str) -> Result<Vec<u32>, WeightError> {
@@ -116,7 +125,7 @@ impl Linear {
                 words::unpack_rows(&words::transposed(&words, word_count(cols, bits), rows), cols, bits)
             }
             Storage::Packed => words::unpack_rows(&self.read_words(files, "weight_packed")?, cols, bits),
-            Storage::Bytes => self.raised(files, "weight")?,
+            Storage::Bytes | Storage::Ascend { .. } => self.raised(files, "weight")?,
         })
     }
 
@@ -142,7 +151,7 @@ impl Linear {
                 let words = words::transposed(&words, word_count(rows, bits), groups);
                 words::transposed(&words::unpack_rows(&words, rows, bits), groups, rows)
             }
-            Storage::Bytes => self.raised(files, "weight_zero_point")?,
+            Storage::Bytes | Storage::Ascend { .. } => self.raised(files, "weight_zero_point")?,
         })
     }
 

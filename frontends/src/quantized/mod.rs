@@ -24,7 +24,7 @@ use linear::Linear;
 /// The ends of the names of tensors that hold packed codes.
 const PACKED: [&str; 2] = [".qweight", ".weight_packed"];
 /// The ends of the names of tensors that go with codes, and how the codes are called.
-const BESIDE: [(&str, &str); 8] = [
+const BESIDE: [(&str, &str); 12] = [
     (".qzeros", "qweight"),
     (".scales", "qweight"),
     (".g_idx", "qweight"),
@@ -33,6 +33,10 @@ const BESIDE: [(&str, &str); 8] = [
     (".weight_g_idx", "weight_packed"),
     (".input_scale", "weight_packed"),
     (".input_zero_point", "weight_packed"),
+    (".weight_offset", "weight"),
+    (".left_trans", "weight"),
+    (".right_trans", "weight"),
+    (".clip_ratio", "weight"),
 ];
 /// The table of the embedding, which is read as floats.
 const EMBEDDING: &str = "model.embed_tokens";
@@ -79,8 +83,26 @@ pub(crate) struct Configured(Option<Rules>);
 ///
 /// # Errors
 /// If it names a method or a setting that is not understood.
-pub(crate) fn configured(folder: &Path, config: &Value) -> Result<Configured, ImportError> {
-    Rules::read(folder, config).map(Configured)
+pub(crate) fn configured(
+    folder: &Path,
+    config: &Value,
+    read: impl Fn(&Path) -> Result<Vec<u8>, ImportError>,
+) -> Result<Configured, ImportError> {
+    match (Rules::read(folder, config)?, Rules::described(folder, read)?) {
+        (Some(_), Some(described)) => {
+            Err(ImportError::new(described.path, "config.json has a `quantization_config`, too")
+                .hint("remove the one that does not belong to the tensors"))
+        }
+        (said, described) => Ok(Configured(said.or(described))),
+    }
+}
+
+impl Configured {
+    /// What the names of the files of tensors begin with.
+    pub(crate) fn stem(&self) -> &'static str {
+        let described = self.0.as_ref().is_some_and(|r| r.name == "ascend");
+        if described { "quant_model_weights" } else { "model" }
+    }
 }
 
 /// The weights of a folder, as floats or as codes.
@@ -144,6 +166,13 @@ impl QuantizedFolder {
             Linear::open(&files, folder, name, scheme)
         });
         let linears = linears.collect::<Result<Vec<_>, _>>()?;
+        let transformed = |l: &&Linear| l.input.as_ref().is_some_and(|r| !r.transforms.is_empty());
+        if let Some(l) = linears.iter().find(transformed).filter(|_| integers == Integers::Dequantize) {
+            let what = format!("the values of `{}` are those behind a transform of its input", l.name);
+            return Err(ImportError::new(folder, what).hint(
+                "passes start from the float checkpoint; without passes its codes are taken as they are",
+            ));
+        }
         let index: HashMap<String, usize> =
             linears.iter().enumerate().map(|(i, l)| (l.name.clone(), i)).collect();
         let mut tensors = Vec::new();
@@ -219,9 +248,7 @@ fn beside<'a>(
     let found = BESIDE.iter().find_map(|(end, codes)| Some((name.strip_suffix(end)?, codes)));
     match found {
         None => Ok(false),
-        Some((module, codes)) if layer(module).is_some_and(|l| l.has_qweight() == (*codes == "qweight")) => {
-            Ok(true)
-        }
+        Some((module, codes)) if layer(module).is_some_and(|l| l.has_beside(name, codes)) => Ok(true),
         Some((module, codes)) => Err(lonely(folder, name, &format!("{module}.{codes}"))),
     }
 }
@@ -233,7 +260,7 @@ fn lonely(folder: &Path, name: &str, codes: &str) -> ImportError {
 
 /// The tensors that a layer is handed out as.
 fn handed_out(l: &Linear, i: usize, integers: Integers) -> Vec<(String, TensorType, Origin)> {
-    let calibrated = l.input.iter().filter(|_| integers != Integers::Dequantize).flat_map(|r| &r.calibrated);
+    let calibrated = l.input.iter().filter(|_| integers != Integers::Dequantize).flat_map(|r| r.tensors());
     let inputs = calibrated.enumerate().map(|(at, t)| (t.name.clone(), t.ty.clone(), Origin::Input(i, at)));
     if integers == Integers::Dequantize || integers == Integers::Keep && l.order.is_some() {
         let ty = TensorType::new(Elem::F32, [l.rows, l.cols].as_slice());
@@ -256,7 +283,7 @@ impl WeightSource for QuantizedFolder {
             Origin::Zero(i) => Cow::Owned(self.linears[i].zeros(files)?),
             Origin::Input(i, at) => {
                 let rounded = self.linears[i].input.as_ref();
-                Cow::Borrowed(rounded.map_or(&[][..], |r| &r.calibrated[at].bytes))
+                Cow::Borrowed(rounded.and_then(|r| r.tensors().nth(at)).map_or(&[][..], |t| &t.bytes))
             }
             Origin::Floats(i) => Cow::Owned(self.linears[i].floats(files)?),
         };

@@ -133,13 +133,9 @@ impl Open<'_> {
                 );
                 return Err(self.fail(what, CONTRADICT));
             }
-            return Ok(self.scheme.input.map(|spec| RoundedInput { spec, calibrated: Vec::new() }));
+            return Ok(self.scheme.input.map(RoundedInput::by_itself));
         };
-        let small = |part: &str, elem: Elem, bytes: Vec<u8>| SmallTensor {
-            name: format!("{}.{part}", self.name),
-            ty: TensorType::new(elem, [1].as_slice()),
-            bytes,
-        };
+        let small = |part: &str, elem: Elem, bytes: Vec<u8>| self.small(part, elem, &[1], bytes);
         let (elem, shape) = self.need("input_scale", float)?;
         self.one("input_scale", shape)?;
         let bytes = self.bytes("input_scale")?;
@@ -159,7 +155,49 @@ impl Open<'_> {
         } else {
             self.no_zeros("input_zero_point")?;
         }
-        Ok(Some(RoundedInput { spec, calibrated }))
+        Ok(Some(RoundedInput { calibrated, ..RoundedInput::by_itself(spec) }))
+    }
+
+    fn small(&self, part: &str, elem: Elem, shape: &[usize], bytes: Vec<u8>) -> SmallTensor {
+        SmallTensor { name: format!("{}.{part}", self.name), ty: TensorType::new(elem, shape), bytes }
+    }
+
+    /// Floats in 32 bits that are all finite.
+    fn finite(&self, part: &str, want: [usize; 2]) -> Result<Vec<u8>, ImportError> {
+        let (_, have) = self.need(part, |e| e == Elem::F32)?;
+        if have != want {
+            let what = format!("tensor `{}.{part}` is {have:?}; its type asks for {want:?}", self.name);
+            return Err(self.fail(what, CONTRADICT));
+        }
+        let bytes = self.bytes(part)?;
+        match Elem::F32.find_non_finite(&bytes) {
+            None => Ok(bytes),
+            Some(at) => {
+                let what = format!("element {at} of `{}.{part}` is NaN or infinite", self.name);
+                Err(self.fail(what, AGAIN))
+            }
+        }
+    }
+
+    /// A Kronecker pair and the clip of the range behind it: `X' = left^T X right` for a token as rows of `right` columns.
+    fn transformed(&self, spec: QuantSpec, cols: usize) -> Result<RoundedInput, ImportError> {
+        let pair = qrmc_ir::fermat(cols as u64).map(|(l, r)| (l as usize, r as usize));
+        let Some((left, right)) = pair else {
+            let what = format!("the {cols} inputs of `{}` make no Kronecker pair", self.name);
+            return Err(self.fail(what, CONTRADICT));
+        };
+        let side = |part: &str, n: usize| -> Result<SmallTensor, ImportError> {
+            Ok(self.small(part, Elem::F32, &[n, n], self.finite(part, [n, n])?))
+        };
+        let transforms = vec![(side("right_trans", right)?, 1), (side("left_trans", left)?, right as u64)];
+        let clip = self.finite("clip_ratio", [1, 1])?;
+        let value = f32::from_le_bytes(*clip.first_chunk().unwrap_or(&[0; 4]));
+        if value <= 0.0 {
+            let what = format!("`{}.clip_ratio` is {value}, which is no part of a range", self.name);
+            return Err(self.fail(what, AGAIN));
+        }
+        let clip = Some(self.small("clip_ratio", Elem::F32, &[1], clip));
+        Ok(RoundedInput { transforms, clip, ..RoundedInput::by_itself(spec) })
     }
 
     fn one(&self, part: &str, have: [usize; 2]) -> Result<(), ImportError> {
@@ -231,6 +269,7 @@ impl Linear {
         match scheme.storage {
             Storage::Awq | Storage::Gptq { .. } => Linear::words(&open),
             Storage::Packed | Storage::Bytes => Linear::compressed(&open),
+            Storage::Ascend { transformed } => Linear::ascend(&open, transformed),
         }
     }
 
@@ -281,6 +320,35 @@ impl Linear {
             }
         }
         Ok(linear)
+    }
+
+    fn ascend(o: &Open<'_>, transformed: bool) -> Result<Self, ImportError> {
+        let (scheme, bits) = (o.scheme, o.scheme.bits);
+        let (_, [rows, cols]) = o.need("weight", |e| e == Elem::I8)?;
+        let (_, s) = o.need("weight_scale", |e| e == Elem::F32)?;
+        o.shape("weight_scale", s, [rows, 1])?;
+        if o.finite("weight_offset", [rows, 1])?
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .any(|b| f32::from_le_bytes(*b) != 0.0)
+        {
+            let what = format!("`{}.weight_offset` is not 0 everywhere", o.name);
+            return Err(o.fail(what, "weights are read without zero points; start from the float checkpoint"));
+        }
+        let stray =
+            ["left_trans", "right_trans", "clip_ratio"].into_iter().find(|p| !transformed && o.has(p));
+        if let Some(part) = stray {
+            let what =
+                format!("tensor `{}.{part}` is there, and the type of the layer has no transform", o.name);
+            return Err(o.fail(what, CONTRADICT));
+        }
+        let input = match scheme.input {
+            Some(spec) if transformed => Some(o.transformed(spec, cols)?),
+            spec => spec.map(RoundedInput::by_itself),
+        };
+        let spec = QuantSpec::sym(bits, Grain::Row);
+        Ok(Linear { name: o.name.to_owned(), rows, cols, spec, scheme, groups: 1, order: None, input })
     }
 
     fn compressed(o: &Open<'_>) -> Result<Self, ImportError> {

@@ -1,0 +1,74 @@
+//! The description of msModelSlim and vllm-ascend: a type for every tensor (methods.md §10.5, ascend.md §5).
+
+use std::path::Path;
+
+use qrmc_ir::{Grain, QuantSpec};
+use serde_json::{Map, Value};
+
+use super::{DAMAGED, Pattern, Rules, Scheme, Settings, Storage};
+use crate::ImportError;
+
+/// The file that tells such a folder.
+pub(in crate::quantized) const DESCRIPTION: &str = "quant_model_description.json";
+const FLOATS: &str = "start from the float checkpoint";
+
+/// The description in a folder, if there is one.
+///
+/// # Errors
+/// If it is no JSON object of types, or gives a linear layer one that is not read.
+pub(super) fn read(
+    folder: &Path,
+    read: impl Fn(&Path) -> Result<Vec<u8>, ImportError>,
+) -> Result<Option<Rules>, ImportError> {
+    let path = folder.join(DESCRIPTION);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let map: Map<String, Value> = serde_json::from_slice(&read(&path)?).map_err(|e| {
+        ImportError::new(&path, format!("this is no JSON object of tensors and their types: {e}"))
+            .hint(DAMAGED)
+    })?;
+    let s = Settings { path: path.clone(), key: String::new(), map: &map };
+    for key in ["kv_cache_type", "kv_quant_type", "fa_quant_type"] {
+        s.refuse(key, &format!("codes of caches and of attention are not read; {FLOATS}"))?;
+    }
+    let mut rules = Vec::new();
+    for (name, kind) in &map {
+        let Some(module) = name.strip_suffix(".weight") else { continue };
+        let Some(kind) = kind.as_str() else {
+            return Err(s.fail(name, "has no type that is a text", DAMAGED));
+        };
+        let (bits, input, transformed) = match kind {
+            "FLOAT" => {
+                rules.push((Pattern::Exact(module.to_owned()), None));
+                continue;
+            }
+            "W8A16" => (8, None, false),
+            "W8A8_DYNAMIC" => (8, Some(8), false),
+            "W4A4_DYNAMIC" => (4, Some(4), false),
+            "W4A4_FLATQUANT_DYNAMIC" => (4, Some(4), true),
+            "W8A8" => {
+                let hint = "it stores the products of scales of inputs and weights, of which neither comes back exactly; \
+                            export the artefact to compressed-tensors";
+                return Err(s.fail(name, "is of type `W8A8`, which is not read", hint));
+            }
+            other => {
+                let hint = format!(
+                    "read are FLOAT, W8A16, W8A8_DYNAMIC, W4A4_DYNAMIC and W4A4_FLATQUANT_DYNAMIC; {FLOATS}"
+                );
+                return Err(s.fail(name, &format!("is of type `{other}`"), &hint));
+            }
+        };
+        let scheme = Scheme {
+            storage: Storage::Ascend { transformed },
+            bits,
+            grain: Grain::Row,
+            symmetric: Some(true),
+            reordered: false,
+            input: input.map(|bits| QuantSpec::sym(bits, Grain::Token)),
+        };
+        rules.push((Pattern::Exact(module.to_owned()), Some(scheme)));
+    }
+    let kind = s.text("model_quant_type")?.unwrap_or("without a type");
+    Ok(Some(Rules { format: format!("vllm-ascend {kind}"), name: "ascend", path, rules }))
+}

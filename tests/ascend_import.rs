@@ -1,0 +1,168 @@
+//! Folders with the description of vllm-ascend as inputs: what was exported comes back, and what is damaged or not read is
+//! refused by name.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+
+use crate::formats::stored;
+use crate::run::{ok, run};
+use crate::static_inputs::compiled;
+use crate::support::{TINY, data};
+
+const DESCRIPTION: &str = "quant_model_description.json";
+const WEIGHTS: &str = "quant_model_weights.safetensors";
+const UP: &str = "model.layers.1.mlp.up_proj";
+
+#[test]
+fn flatquant_comes_back_with_its_transforms() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let (model, text) = (data(TINY), data("wikitext-2-train-sample.txt"));
+    let (model, text) = (model.to_str().unwrap(), text.to_str().unwrap());
+    let pass = ["--pass", "flatquant{epochs=1}", "--target", "vllm-ascend", "--calib", text];
+    let windows = ["--nsamples", "2", "--seqlen", "64", "-o", "a"];
+    ok(d, &[&["compile", model][..], &pass, &windows].concat());
+    ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
+    ok(d, &["compile", "x", "-o", "b"]);
+    assert_eq!(stored(&d.join("b")), stored(&d.join("a")));
+    ok(d, &["check", "b", "--parity"]);
+    ok(d, &["export", "b", "--format", "ascend", "-o", "y"]);
+    for file in [DESCRIPTION, WEIGHTS] {
+        let read = |folder: &str| std::fs::read(d.join(folder).join(file)).unwrap();
+        assert!(read("y") == read("x"), "{file}");
+    }
+    // q, k and v share a pair, and gate and up; products of a pair in the other order differ in their last bits.
+    let layer = ok(d, &["inspect", "x", "--ir", "layer0"]);
+    assert_eq!(layer.matches("mode_mul").count(), 6, "{layer}");
+    let args = ["eval", "b", "--task", text, "--ctx", "128", "--windows", "2", "--against", "a", "--json"];
+    let said: Value = serde_json::from_str(&ok(d, &args)).unwrap();
+    assert!(said["kl"].as_f64().or(said["against"]["kl"].as_f64()).unwrap() < 2e-3, "{said}");
+    let s = run(d, &["compile", "x", "--pass", "rtn", "-o", "c"]);
+    assert!(s.code == 1 && s.err.contains("behind a transform of its input"), "{}", s.err);
+}
+
+/// A folder in memory that a test may damage.
+struct Folder {
+    config: Value,
+    description: Value,
+    tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
+}
+
+impl Folder {
+    fn of(from: &Path) -> Self {
+        let json = |name: &str| serde_json::from_slice(&std::fs::read(from.join(name)).unwrap()).unwrap();
+        let bytes = std::fs::read(from.join(WEIGHTS)).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let all = file.tensors().into_iter();
+        let tensors = all.map(|(n, t)| (n, (t.dtype(), t.shape().to_vec(), t.data().to_vec()))).collect();
+        Folder { config: json("config.json"), description: json(DESCRIPTION), tensors }
+    }
+
+    /// Refused as a model, with advice.
+    fn refused(&self, words: &[&str]) {
+        let dir = tempfile::tempdir().unwrap();
+        let d = dir.path();
+        let views = self.tensors.iter().map(|(n, (d, s, b))| (n, TensorView::new(*d, s.clone(), b).unwrap()));
+        std::fs::write(d.join(WEIGHTS), safetensors::serialize(views, None).unwrap()).unwrap();
+        std::fs::write(d.join("config.json"), self.config.to_string()).unwrap();
+        std::fs::write(d.join(DESCRIPTION), self.description.to_string()).unwrap();
+        let s = run(d, &["inspect", "."]);
+        assert!(s.code == 1 && s.err.contains("hint: "), "{words:?}: {}", s.err);
+        words.iter().for_each(|w| assert!(s.err.contains(w), "`{w}` is not said: {}", s.err));
+    }
+}
+
+#[test]
+fn what_is_damaged_or_not_read_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let model = data("fixtures/qwen2-bias-tied");
+    let pass = "annotate{w=8,group=row,sym=true,scale=bf16,a=8,a_sym=true},rtn";
+    ok(d, &["compile", model.to_str().unwrap(), "--pass", pass, "--no-check", "-o", "a"]);
+    ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
+    ok(d, &["inspect", "x"]);
+    let folder = || Folder::of(&d.join("x"));
+    let part = |part: &str| format!("{UP}.{part}");
+    let described = |key: &str, value: Value, words: &[&str]| {
+        let mut f = folder();
+        f.description[key] = value;
+        f.refused(words);
+    };
+    described(&part("weight"), json!("W4A8_DYNAMIC"), &[&part("weight"), "W4A8_DYNAMIC", "read are FLOAT"]);
+    described(&part("weight"), json!("W8A8"), &["W8A8", "compressed-tensors"]);
+    described(&part("weight"), json!("FLOAT"), &[UP, "leaves it in floats"]);
+    described(&part("weight"), json!(8), &[&part("weight"), "no type that is a text"]);
+    described(&part("weight"), json!("W4A4_FLATQUANT_DYNAMIC"), &[&part("right_trans"), "missing"]);
+    described("kv_cache_type", json!("C8"), &["kv_cache_type", "not understood"]);
+    let mut f = folder();
+    f.description.as_object_mut().unwrap().remove(&part("weight"));
+    f.refused(&[UP, "leaves it in floats"]);
+    f.description = json!([]);
+    f.refused(&[DESCRIPTION, "no JSON object"]);
+    let mut f = folder();
+    f.config["quantization_config"] = json!({"quant_method": "awq", "bits": 4});
+    f.refused(&[DESCRIPTION, "quantization_config"]);
+    let tensor = |name: &str, dtype: Dtype, shape: &[usize], bytes: Vec<u8>, words: &[&str]| {
+        let mut f = folder();
+        f.tensors.insert(part(name), (dtype, shape.to_vec(), bytes));
+        f.refused(&[&[&*part(name)], words].concat());
+    };
+    let ones = |n: usize| 1f32.to_le_bytes().repeat(n);
+    tensor("weight_offset", Dtype::F32, &[160, 1], ones(160), &["not 0 everywhere"]);
+    tensor("weight_offset", Dtype::F32, &[80, 2], ones(160), &["[80, 2]"]);
+    tensor("weight_scale", Dtype::F32, &[80, 1], ones(80), &["[80, 1]"]);
+    tensor("weight_scale", Dtype::BF16, &[160, 1], vec![0; 320], &["bf16[160, 1]"]);
+    tensor("clip_ratio", Dtype::F32, &[1], ones(1), &["no transform"]);
+    for name in ["weight_scale", "weight_offset"] {
+        let mut f = folder();
+        f.tensors.remove(&part(name)).unwrap();
+        f.refused(&[&part(name), "missing"]);
+    }
+    std::fs::write(d.join("x").join(DESCRIPTION), "{").unwrap();
+    let s = run(d, &["inspect", "x"]);
+    assert!(s.code == 1 && s.err.contains(DESCRIPTION) && s.err.contains("hint: "), "{}", s.err);
+}
+
+#[test]
+fn damaged_transforms_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    // A pair and a clip beside codes of W4A4, made up: 64 = 8 · 8 inputs.
+    let model = data("fixtures/qwen2-bias-tied");
+    let pass = "annotate{w=4,group=row,sym=true,a=4,a_sym=true},rtn";
+    ok(d, &["compile", model.to_str().unwrap(), "--pass", pass, "--no-check", "-o", "a"]);
+    ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
+    let part = |part: &str| format!("{UP}.{part}");
+    let with = |left: [usize; 2], clip: f32, entry: f32| {
+        let mut f = Folder::of(&d.join("x"));
+        f.description[part("weight")] = json!("W4A4_FLATQUANT_DYNAMIC");
+        let floats = |n: usize, x: f32| x.to_le_bytes().repeat(n);
+        let mut put = |name: &str, shape: &[usize], x: f32| {
+            let bytes = floats(shape.iter().product(), x);
+            f.tensors.insert(part(name), (Dtype::F32, shape.to_vec(), bytes));
+        };
+        put("left_trans", &left, entry);
+        put("right_trans", &[8, 8], 1.0);
+        put("clip_ratio", &[1], clip);
+        f
+    };
+    with([8, 4], 0.9, 1.0).refused(&[&part("left_trans"), "[8, 4]", "[8, 8]"]);
+    with([8, 8], 0.0, 1.0).refused(&[&part("clip_ratio"), "is 0"]);
+    with([8, 8], f32::NAN, 1.0).refused(&[&part("clip_ratio"), "NaN"]);
+    with([8, 8], 0.9, f32::INFINITY).refused(&[&part("left_trans"), "infinite"]);
+}
+
+#[test]
+fn caches_and_calibrated_inputs_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    for (pass, want) in [("static-inputs", "of type `W8A8`"), ("static-caches", "kv_cache_type")] {
+        compiled(d, &format!("{pass},annotate{{w=8,group=row,sym=true,scale=bf16}},rtn"), "a");
+        ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
+        let s = run(d, &["inspect", "x"]);
+        assert!(s.code == 1 && s.err.contains(want) && s.err.contains("hint: "), "{pass}: {}", s.err);
+    }
+}
