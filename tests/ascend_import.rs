@@ -61,14 +61,19 @@ impl Folder {
         Folder { config: json("config.json"), description: json(DESCRIPTION), tensors }
     }
 
-    /// Refused as a model, with advice.
-    fn refused(&self, words: &[&str]) {
-        let dir = tempfile::tempdir().unwrap();
-        let d = dir.path();
+    fn write(&self, d: &Path) {
+        std::fs::create_dir_all(d).unwrap();
         let views = self.tensors.iter().map(|(n, (d, s, b))| (n, TensorView::new(*d, s.clone(), b).unwrap()));
         std::fs::write(d.join(WEIGHTS), safetensors::serialize(views, None).unwrap()).unwrap();
         std::fs::write(d.join("config.json"), self.config.to_string()).unwrap();
         std::fs::write(d.join(DESCRIPTION), self.description.to_string()).unwrap();
+    }
+
+    /// Refused as a model, with advice.
+    fn refused(&self, words: &[&str]) {
+        let dir = tempfile::tempdir().unwrap();
+        let d = dir.path();
+        self.write(d);
         let s = run(d, &["inspect", "."]);
         assert!(s.code == 1 && s.err.contains("hint: "), "{words:?}: {}", s.err);
         words.iter().for_each(|w| assert!(s.err.contains(w), "`{w}` is not said: {}", s.err));
@@ -92,7 +97,7 @@ fn what_is_damaged_or_not_read_is_named() {
         f.refused(words);
     };
     described(&part("weight"), json!("W4A8_DYNAMIC"), &[&part("weight"), "W4A8_DYNAMIC", "read are FLOAT"]);
-    described(&part("weight"), json!("W8A8"), &["W8A8", "compressed-tensors"]);
+    described(&part("weight"), json!("W8A8"), &[&part("weight_scale"), "does not have"]);
     described(&part("weight"), json!("FLOAT"), &[UP, "leaves it in floats"]);
     described(&part("weight"), json!(8), &[&part("weight"), "no type that is a text"]);
     described(&part("weight"), json!("W4A4_FLATQUANT_DYNAMIC"), &[&part("right_trans"), "missing"]);
@@ -115,7 +120,7 @@ fn what_is_damaged_or_not_read_is_named() {
     tensor("weight_offset", Dtype::F32, &[80, 2], ones(160), &["[80, 2]"]);
     tensor("weight_scale", Dtype::F32, &[80, 1], ones(80), &["[80, 1]"]);
     tensor("weight_scale", Dtype::BF16, &[160, 1], vec![0; 320], &["bf16[160, 1]"]);
-    tensor("clip_ratio", Dtype::F32, &[1], ones(1), &["no transform"]);
+    tensor("clip_ratio", Dtype::F32, &[1], ones(1), &["does not have"]);
     for name in ["weight_scale", "weight_offset"] {
         let mut f = folder();
         f.tensors.remove(&part(name)).unwrap();
@@ -156,13 +161,60 @@ fn damaged_transforms_are_refused() {
 }
 
 #[test]
-fn caches_and_calibrated_inputs_are_refused() {
+fn calibrated_inputs_come_back() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    for (pass, want) in [("static-inputs", "of type `W8A8`"), ("static-caches", "kv_cache_type")] {
-        compiled(d, &format!("{pass},annotate{{w=8,group=row,sym=true,scale=bf16}},rtn"), "a");
+    for (options, ty) in [("scale=bf16", "bf16"), ("scale=f16", "f16"), ("scale=bf16,sym=false", "bf16")] {
+        let pass = format!("static-inputs{{{options}}},annotate{{w=8,group=row,sym=true,scale={ty}}},rtn");
+        compiled(d, &pass, "a");
         ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
-        let s = run(d, &["inspect", "x"]);
-        assert!(s.code == 1 && s.err.contains(want) && s.err.contains("hint: "), "{pass}: {}", s.err);
+        ok(d, &["compile", "x", "-o", "b"]);
+        // The scales of weights are found again from products.
+        assert_eq!(stored(&d.join("b")), stored(&d.join("a")), "{options}");
+        ok(d, &["export", "b", "--format", "ascend", "-o", "y"]);
+        let read = |folder: &str| std::fs::read(d.join(folder).join(WEIGHTS)).unwrap();
+        let text = data("wikitext-2-train-sample.txt");
+        let task = ["--task", text.to_str().unwrap(), "--ctx", "128", "--windows", "2"];
+        let args = [&["eval", "b"][..], &task, &["--against", "a", "--json"]].concat();
+        let said: Value = serde_json::from_str(&ok(d, &args)).unwrap();
+        let gap = said["kl"].as_f64().or(said["against"]["kl"].as_f64()).unwrap();
+        assert!(read("y") == read("x") && gap == 0.0, "{options}: {gap}");
+        if ty == "f16" {
+            continue;
+        }
+        let folder = || Folder::of(&d.join("x"));
+        let name = "model.layers.1.self_attn.q_proj";
+        let refused = |part: &str, shape: &[usize], bytes: Vec<u8>, words: &[&str]| {
+            let mut f = folder();
+            let dtype = f.tensors[&format!("{name}.{part}")].0;
+            f.tensors.insert(format!("{name}.{part}"), (dtype, shape.to_vec(), bytes));
+            f.refused(&[&[part], words].concat());
+        };
+        refused("input_scale", &[1], vec![0; 4], &["is 0"]);
+        refused("input_offset", &[1], 0.5f32.to_le_bytes().to_vec(), &["is 0.5"]);
+        refused("input_offset", &[1], 128f32.to_le_bytes().to_vec(), &["is 128"]);
+        refused("deq_scale", &[255], vec![0; 1020], &["[255, 1]"]);
+        // What is read with the scales.
+        for (part, at, bytes, words) in [
+            ("deq_scale", 3, (-1f32).to_le_bytes(), "element 3 is -1"),
+            ("quant_bias", 5, i32::MAX.to_le_bytes(), "the bias and the offset of the input make"),
+        ] {
+            let mut f = folder();
+            let tensor = f.tensors.get_mut(&format!("{name}.{part}")).unwrap();
+            tensor.2[4 * at..4 * at + 4].copy_from_slice(&bytes);
+            f.write(&d.join("z"));
+            let s = run(d, &["compile", "z", "-o", "c"]);
+            assert!(s.code == 1 && s.err.contains(words) && !d.join("c").exists(), "{part}: {}", s.err);
+        }
     }
+}
+
+#[test]
+fn caches_with_codes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    compiled(d, "static-caches,annotate{w=8,group=row,sym=true,scale=bf16},rtn", "a");
+    ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
+    let s = run(d, &["inspect", "x"]);
+    assert!(s.code == 1 && s.err.contains("kv_cache_type") && s.err.contains("hint: "), "{}", s.err);
 }

@@ -51,6 +51,9 @@ struct Entry {
 /// The end of the name of a tensor that says which shape another one has before packing: two 64-bit integers.
 const SHAPE: &str = ".weight_shape";
 
+/// The end of the name of a tensor that vllm-ascend stores as 64-bit integers in models in f16: handed out as `i32[n, 2]`.
+const DEQ_SCALE: &str = ".deq_scale";
+
 /// One mapped `.safetensors` file whose header has been checked. The file must not change while it is open.
 #[derive(Debug)]
 pub struct SafetensorsFile {
@@ -66,8 +69,8 @@ impl SafetensorsFile {
     ///
     /// # Errors
     /// If the file is too short, the header is no JSON object of tensors, a tensor's type is not one of
-    /// F32, F16, BF16, I32, I8, U8 (I64 for two numbers under a name that ends in `.weight_shape`), or offsets leave
-    /// the file, overlap, leave holes or disagree with the shape.
+    /// F32, F16, BF16, I32, I8, U8 (I64 for two numbers under a name that ends in `.weight_shape`, and for a list under one
+    /// that ends in `.deq_scale`), or offsets leave the file, overlap, leave holes or disagree with the shape.
     pub fn open(path: &Path) -> Result<Self, ImportError> {
         let map = map_file(path, 8)?;
         let (entries, shapes) = check_header(path, &map)?;
@@ -178,10 +181,15 @@ fn check_entry(
     let shape = numbers("shape").ok_or_else(|| fail("its `shape` is not a list of sizes".into()))?;
     // No type of the IR holds these; the one of their width marks them until `check_header` takes them out.
     let is_shape = dtype == "I64" && name.ends_with(SHAPE) && shape == [2];
-    let elem = elem_of(dtype).or(is_shape.then_some(Elem::F64)).ok_or_else(|| {
-        let hint = "convert the checkpoint to F32, F16 or BF16 (I32, I8 and U8 are read as well)";
-        fail(format!("its dtype is {dtype}, which cannot be imported")).hint(hint)
-    })?;
+    // Bits of floats in the low half of each: words, low ones first.
+    let is_wide = dtype == "I64" && name.ends_with(DEQ_SCALE) && shape.len() == 1;
+    let shape = if is_wide { vec![shape[0], 2] } else { shape };
+    let elem = elem_of(dtype).or(is_shape.then_some(Elem::F64)).or(is_wide.then_some(Elem::I32)).ok_or_else(
+        || {
+            let hint = "convert the checkpoint to F32, F16 or BF16 (I32, I8 and U8 are read as well)";
+            fail(format!("its dtype is {dtype}, which cannot be imported")).hint(hint)
+        },
+    )?;
     let (from, to) = match numbers("data_offsets").as_deref() {
         Some(&[from, to]) => (from, to),
         _ => return Err(fail("its `data_offsets` are not two byte offsets".into())),

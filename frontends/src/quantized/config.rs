@@ -27,10 +27,18 @@ pub(super) enum Storage {
     /// compressed-tensors `int-quantized` and `naive-quantized`: a signed byte for each code.
     Bytes,
     /// vllm-ascend's description: a signed byte for each code (methods.md §10.5).
-    Ascend {
-        /// Whether a Kronecker pair stands before the rounding of inputs, with a clip of their range.
-        transformed: bool,
-    },
+    Ascend(Ascend),
+}
+
+/// What stands beside the codes of vllm-ascend.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Ascend {
+    /// Scales of rows.
+    Plain,
+    /// The same, a Kronecker pair before the rounding of inputs, and a clip of their range.
+    Transformed,
+    /// One scale and zero point of the input, and the products of that scale with those of rows.
+    Static,
 }
 
 /// What the configuration says about one linear layer.

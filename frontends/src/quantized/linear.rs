@@ -6,7 +6,7 @@ use qrmc_ir::grid::{self, QParam};
 use qrmc_ir::words::{self, word_count};
 use qrmc_ir::{Elem, Grain, QuantSpec, TensorType, WeightError, WeightSource, pack};
 
-use super::config::{Scheme, Storage};
+use super::config::{Ascend, Scheme, Storage};
 use crate::RoundedInput;
 use crate::hf::SafetensorsFolder;
 
@@ -69,7 +69,8 @@ impl Linear {
 
     /// The tensor whose bytes are those of the scales, if there is one.
     pub(super) fn scales_as_stored(&self) -> Option<String> {
-        (!self.has_qweight()).then(|| self.tensor("weight_scale"))
+        let products = self.scheme.storage == Storage::Ascend(Ascend::Static);
+        (!self.has_qweight() && !products).then(|| self.tensor("weight_scale"))
     }
 
     /// Whether the layout is one of those that have `qweight`.
@@ -81,7 +82,10 @@ impl Linear {
     pub(super) fn has_beside(&self, name: &str, codes: &str) -> bool {
         match (self.scheme.storage, codes) {
             (Storage::Awq | Storage::Gptq { .. }, codes) => codes == "qweight",
-            (Storage::Ascend { .. }, codes) => codes == "weight" || name.ends_with(".weight_scale"),
+            // What of them belongs to the type is seen when the layer is opened.
+            (Storage::Ascend(_), codes) => {
+                codes == "weight" || [".weight_scale", ".input_scale"].iter().any(|end| name.ends_with(end))
+            }
             (Storage::Packed | Storage::Bytes, codes) => codes == "weight_packed",
         }
     }
@@ -112,7 +116,7 @@ impl Linear {
     }
 
     /// The codes `[rows, cols]`, one in a byte; signed ones plus `2^(bits-1)`.
-    fn codes(&self, files: &SafetensorsFolder) -> Result<Vec<u8>, WeightError> {
+    pub(super) fn codes(&self, files: &SafetensorsFolder) -> Result<Vec<u8>, WeightError> {
         let (rows, cols, bits) = (self.rows, self.cols, self.spec.bits);
         Ok(match self.scheme.storage {
             Storage::Awq => {
@@ -125,7 +129,7 @@ impl Linear {
                 words::unpack_rows(&words::transposed(&words, word_count(cols, bits), rows), cols, bits)
             }
             Storage::Packed => words::unpack_rows(&self.read_words(files, "weight_packed")?, cols, bits),
-            Storage::Bytes | Storage::Ascend { .. } => self.raised(files, "weight")?,
+            Storage::Bytes | Storage::Ascend(_) => self.raised(files, "weight")?,
         })
     }
 
@@ -151,7 +155,7 @@ impl Linear {
                 let words = words::transposed(&words, word_count(rows, bits), groups);
                 words::transposed(&words::unpack_rows(&words, rows, bits), groups, rows)
             }
-            Storage::Bytes | Storage::Ascend { .. } => self.raised(files, "weight_zero_point")?,
+            Storage::Bytes | Storage::Ascend(_) => self.raised(files, "weight_zero_point")?,
         })
     }
 
@@ -174,6 +178,9 @@ impl Linear {
 
     /// The scales `[rows, groups]` in their stored type.
     pub(super) fn scales<'a>(&self, files: &'a SafetensorsFolder) -> Result<Cow<'a, [u8]>, WeightError> {
+        if self.scheme.storage == Storage::Ascend(Ascend::Static) {
+            return self.divided(files).map(Cow::Owned);
+        }
         let stored = self.scales_as_stored();
         let name = stored.clone().unwrap_or_else(|| self.tensor("scales"));
         let bytes = files.raw(&name)?.bytes;

@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::hf::SafetensorsFolder;
 use crate::{Checkpoint, ImportError, Integers, Quantization, RoundedInput};
 
+mod ascend;
 mod config;
 mod linear;
 mod open;
@@ -24,7 +25,7 @@ use linear::Linear;
 /// The ends of the names of tensors that hold packed codes.
 const PACKED: [&str; 2] = [".qweight", ".weight_packed"];
 /// The ends of the names of tensors that go with codes, and how the codes are called.
-const BESIDE: [(&str, &str); 12] = [
+const BESIDE: [(&str, &str); 15] = [
     (".qzeros", "qweight"),
     (".scales", "qweight"),
     (".g_idx", "qweight"),
@@ -37,6 +38,9 @@ const BESIDE: [(&str, &str); 12] = [
     (".left_trans", "weight"),
     (".right_trans", "weight"),
     (".clip_ratio", "weight"),
+    (".input_offset", "weight"),
+    (".deq_scale", "weight"),
+    (".quant_bias", "weight"),
 ];
 /// The table of the embedding, which is read as floats.
 const EMBEDDING: &str = "model.embed_tokens";

@@ -10,28 +10,32 @@ use super::linear::{Linear, ints};
 use crate::hf::SafetensorsFolder;
 use crate::{ImportError, RoundedInput, SmallTensor};
 
-const AGAIN: &str = "the checkpoint is damaged: download it again";
-const CONTRADICT: &str = "configuration and tensors contradict: download both again";
+pub(super) const AGAIN: &str = "the checkpoint is damaged: download it again";
+pub(super) const CONTRADICT: &str = "configuration and tensors contradict: download both again";
 
 /// The tensors of one layer while they are checked.
-struct Open<'a> {
+pub(super) struct Open<'a> {
     files: &'a SafetensorsFolder,
     folder: &'a Path,
-    name: &'a str,
-    scheme: Scheme,
+    pub(super) name: &'a str,
+    pub(super) scheme: Scheme,
 }
 
 impl Open<'_> {
-    fn fail(&self, what: String, hint: &str) -> ImportError {
+    pub(super) fn fail(&self, what: String, hint: &str) -> ImportError {
         ImportError::new(self.folder, what).hint(hint)
     }
 
-    fn has(&self, part: &str) -> bool {
+    pub(super) fn has(&self, part: &str) -> bool {
         self.files.ty(&format!("{}.{part}", self.name)).is_some()
     }
 
     /// Type and sizes of a tensor that must be there; vectors of one column are read as `[n, 1]`.
-    fn need(&self, part: &str, fits: impl Fn(Elem) -> bool) -> Result<(Elem, [usize; 2]), ImportError> {
+    pub(super) fn need(
+        &self,
+        part: &str,
+        fits: impl Fn(Elem) -> bool,
+    ) -> Result<(Elem, [usize; 2]), ImportError> {
         let name = format!("{}.{part}", self.name);
         let Some(ty) = self.files.ty(&name) else {
             let hint = "its layer is quantized and needs it; is a shard missing?";
@@ -53,7 +57,7 @@ impl Open<'_> {
     }
 
     /// Refuses a tensor of another shape than the others and the configuration ask for.
-    fn shape(&self, part: &str, have: [usize; 2], want: [usize; 2]) -> Result<(), ImportError> {
+    pub(super) fn shape(&self, part: &str, have: [usize; 2], want: [usize; 2]) -> Result<(), ImportError> {
         if have == want {
             return Ok(());
         }
@@ -118,7 +122,7 @@ impl Open<'_> {
         Ok(())
     }
 
-    fn bytes(&self, part: &str) -> Result<Vec<u8>, ImportError> {
+    pub(super) fn bytes(&self, part: &str) -> Result<Vec<u8>, ImportError> {
         let raw = self.files.raw(&format!("{}.{part}", self.name));
         raw.map(|r| r.bytes.into_owned()).map_err(|e| self.fail(e.to_string(), AGAIN))
     }
@@ -158,46 +162,8 @@ impl Open<'_> {
         Ok(Some(RoundedInput { calibrated, ..RoundedInput::by_itself(spec) }))
     }
 
-    fn small(&self, part: &str, elem: Elem, shape: &[usize], bytes: Vec<u8>) -> SmallTensor {
+    pub(super) fn small(&self, part: &str, elem: Elem, shape: &[usize], bytes: Vec<u8>) -> SmallTensor {
         SmallTensor { name: format!("{}.{part}", self.name), ty: TensorType::new(elem, shape), bytes }
-    }
-
-    /// Floats in 32 bits that are all finite.
-    fn finite(&self, part: &str, want: [usize; 2]) -> Result<Vec<u8>, ImportError> {
-        let (_, have) = self.need(part, |e| e == Elem::F32)?;
-        if have != want {
-            let what = format!("tensor `{}.{part}` is {have:?}; its type asks for {want:?}", self.name);
-            return Err(self.fail(what, CONTRADICT));
-        }
-        let bytes = self.bytes(part)?;
-        match Elem::F32.find_non_finite(&bytes) {
-            None => Ok(bytes),
-            Some(at) => {
-                let what = format!("element {at} of `{}.{part}` is NaN or infinite", self.name);
-                Err(self.fail(what, AGAIN))
-            }
-        }
-    }
-
-    /// A Kronecker pair and the clip of the range behind it: `X' = left^T X right` for a token as rows of `right` columns.
-    fn transformed(&self, spec: QuantSpec, cols: usize) -> Result<RoundedInput, ImportError> {
-        let pair = qrmc_ir::fermat(cols as u64).map(|(l, r)| (l as usize, r as usize));
-        let Some((left, right)) = pair else {
-            let what = format!("the {cols} inputs of `{}` make no Kronecker pair", self.name);
-            return Err(self.fail(what, CONTRADICT));
-        };
-        let side = |part: &str, n: usize| -> Result<SmallTensor, ImportError> {
-            Ok(self.small(part, Elem::F32, &[n, n], self.finite(part, [n, n])?))
-        };
-        let transforms = vec![(side("right_trans", right)?, 1), (side("left_trans", left)?, right as u64)];
-        let clip = self.finite("clip_ratio", [1, 1])?;
-        let value = f32::from_le_bytes(*clip.first_chunk().unwrap_or(&[0; 4]));
-        if value <= 0.0 {
-            let what = format!("`{}.clip_ratio` is {value}, which is no part of a range", self.name);
-            return Err(self.fail(what, AGAIN));
-        }
-        let clip = Some(self.small("clip_ratio", Elem::F32, &[1], clip));
-        Ok(RoundedInput { transforms, clip, ..RoundedInput::by_itself(spec) })
     }
 
     fn one(&self, part: &str, have: [usize; 2]) -> Result<(), ImportError> {
@@ -269,7 +235,7 @@ impl Linear {
         match scheme.storage {
             Storage::Awq | Storage::Gptq { .. } => Linear::words(&open),
             Storage::Packed | Storage::Bytes => Linear::compressed(&open),
-            Storage::Ascend { transformed } => Linear::ascend(&open, transformed),
+            Storage::Ascend(beside) => Linear::ascend(&open, beside),
         }
     }
 
@@ -320,35 +286,6 @@ impl Linear {
             }
         }
         Ok(linear)
-    }
-
-    fn ascend(o: &Open<'_>, transformed: bool) -> Result<Self, ImportError> {
-        let (scheme, bits) = (o.scheme, o.scheme.bits);
-        let (_, [rows, cols]) = o.need("weight", |e| e == Elem::I8)?;
-        let (_, s) = o.need("weight_scale", |e| e == Elem::F32)?;
-        o.shape("weight_scale", s, [rows, 1])?;
-        if o.finite("weight_offset", [rows, 1])?
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .any(|b| f32::from_le_bytes(*b) != 0.0)
-        {
-            let what = format!("`{}.weight_offset` is not 0 everywhere", o.name);
-            return Err(o.fail(what, "weights are read without zero points; start from the float checkpoint"));
-        }
-        let stray =
-            ["left_trans", "right_trans", "clip_ratio"].into_iter().find(|p| !transformed && o.has(p));
-        if let Some(part) = stray {
-            let what =
-                format!("tensor `{}.{part}` is there, and the type of the layer has no transform", o.name);
-            return Err(o.fail(what, CONTRADICT));
-        }
-        let input = match scheme.input {
-            Some(spec) if transformed => Some(o.transformed(spec, cols)?),
-            spec => spec.map(RoundedInput::by_itself),
-        };
-        let spec = QuantSpec::sym(bits, Grain::Row);
-        Ok(Linear { name: o.name.to_owned(), rows, cols, spec, scheme, groups: 1, order: None, input })
     }
 
     fn compressed(o: &Open<'_>) -> Result<Self, ImportError> {

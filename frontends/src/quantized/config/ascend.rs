@@ -5,7 +5,7 @@ use std::path::Path;
 use qrmc_ir::{Grain, QuantSpec};
 use serde_json::{Map, Value};
 
-use super::{DAMAGED, Pattern, Rules, Scheme, Settings, Storage};
+use super::{Ascend, DAMAGED, Pattern, Rules, Scheme, Settings, Storage};
 use crate::ImportError;
 
 /// The file that tells such a folder.
@@ -38,34 +38,30 @@ pub(super) fn read(
         let Some(kind) = kind.as_str() else {
             return Err(s.fail(name, "has no type that is a text", DAMAGED));
         };
-        let (bits, input, transformed) = match kind {
+        let (bits, input, beside) = match kind {
             "FLOAT" => {
                 rules.push((Pattern::Exact(module.to_owned()), None));
                 continue;
             }
-            "W8A16" => (8, None, false),
-            "W8A8_DYNAMIC" => (8, Some(8), false),
-            "W4A4_DYNAMIC" => (4, Some(4), false),
-            "W4A4_FLATQUANT_DYNAMIC" => (4, Some(4), true),
-            "W8A8" => {
-                let hint = "it stores the products of scales of inputs and weights, of which neither comes back exactly; \
-                            export the artefact to compressed-tensors";
-                return Err(s.fail(name, "is of type `W8A8`, which is not read", hint));
-            }
+            "W8A16" => (8, None, Ascend::Plain),
+            "W8A8_DYNAMIC" => (8, Some(Grain::Token), Ascend::Plain),
+            "W8A8" => (8, Some(Grain::Tensor), Ascend::Static),
+            "W4A4_DYNAMIC" => (4, Some(Grain::Token), Ascend::Plain),
+            "W4A4_FLATQUANT_DYNAMIC" => (4, Some(Grain::Token), Ascend::Transformed),
             other => {
                 let hint = format!(
-                    "read are FLOAT, W8A16, W8A8_DYNAMIC, W4A4_DYNAMIC and W4A4_FLATQUANT_DYNAMIC; {FLOATS}"
+                    "read are FLOAT, W8A16, W8A8, W8A8_DYNAMIC, W4A4_DYNAMIC and W4A4_FLATQUANT_DYNAMIC; {FLOATS}"
                 );
                 return Err(s.fail(name, &format!("is of type `{other}`"), &hint));
             }
         };
         let scheme = Scheme {
-            storage: Storage::Ascend { transformed },
+            storage: Storage::Ascend(beside),
             bits,
             grain: Grain::Row,
             symmetric: Some(true),
             reordered: false,
-            input: input.map(|bits| QuantSpec::sym(bits, Grain::Token)),
+            input: input.map(|grain| QuantSpec::sym(bits, grain)),
         };
         rules.push((Pattern::Exact(module.to_owned()), Some(scheme)));
     }
