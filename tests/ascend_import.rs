@@ -16,6 +16,15 @@ const DESCRIPTION: &str = "quant_model_description.json";
 const WEIGHTS: &str = "quant_model_weights.safetensors";
 const UP: &str = "model.layers.1.mlp.up_proj";
 
+/// The divergence of two artefacts on some text.
+fn same(d: &Path, a: &str, b: &str) -> f64 {
+    let text = data("wikitext-2-train-sample.txt");
+    let task = ["--task", text.to_str().unwrap(), "--ctx", "128", "--windows", "2"];
+    let args = [&["eval", a][..], &task, &["--against", b, "--json"]].concat();
+    let said: Value = serde_json::from_str(&ok(d, &args)).unwrap();
+    said["kl"].as_f64().or(said["against"]["kl"].as_f64()).unwrap()
+}
+
 #[test]
 fn flatquant_comes_back_with_its_transforms() {
     let dir = tempfile::tempdir().unwrap();
@@ -37,9 +46,7 @@ fn flatquant_comes_back_with_its_transforms() {
     // q, k and v share a pair, and gate and up; products of a pair in the other order differ in their last bits.
     let layer = ok(d, &["inspect", "x", "--ir", "layer0"]);
     assert_eq!(layer.matches("mode_mul").count(), 6, "{layer}");
-    let args = ["eval", "b", "--task", text, "--ctx", "128", "--windows", "2", "--against", "a", "--json"];
-    let said: Value = serde_json::from_str(&ok(d, &args)).unwrap();
-    assert!(said["kl"].as_f64().or(said["against"]["kl"].as_f64()).unwrap() < 2e-3, "{said}");
+    assert!(same(d, "b", "a") < 2e-3);
     let s = run(d, &["compile", "x", "--pass", "rtn", "-o", "c"]);
     assert!(s.code == 1 && s.err.contains("behind a transform of its input"), "{}", s.err);
 }
@@ -101,7 +108,8 @@ fn what_is_damaged_or_not_read_is_named() {
     described(&part("weight"), json!("FLOAT"), &[UP, "leaves it in floats"]);
     described(&part("weight"), json!(8), &[&part("weight"), "no type that is a text"]);
     described(&part("weight"), json!("W4A4_FLATQUANT_DYNAMIC"), &[&part("right_trans"), "missing"]);
-    described("kv_cache_type", json!("C8"), &["kv_cache_type", "not understood"]);
+    described("kv_cache_type", json!("C4"), &["kv_cache_type", "C4"]);
+    described("kv_cache_type", json!("C8"), &["kv_cache_scale", "missing"]);
     let mut f = folder();
     f.description.as_object_mut().unwrap().remove(&part("weight"));
     f.refused(&[UP, "leaves it in floats"]);
@@ -173,11 +181,7 @@ fn calibrated_inputs_come_back() {
         assert_eq!(stored(&d.join("b")), stored(&d.join("a")), "{options}");
         ok(d, &["export", "b", "--format", "ascend", "-o", "y"]);
         let read = |folder: &str| std::fs::read(d.join(folder).join(WEIGHTS)).unwrap();
-        let text = data("wikitext-2-train-sample.txt");
-        let task = ["--task", text.to_str().unwrap(), "--ctx", "128", "--windows", "2"];
-        let args = [&["eval", "b"][..], &task, &["--against", "a", "--json"]].concat();
-        let said: Value = serde_json::from_str(&ok(d, &args)).unwrap();
-        let gap = said["kl"].as_f64().or(said["against"]["kl"].as_f64()).unwrap();
+        let gap = same(d, "b", "a");
         assert!(read("y") == read("x") && gap == 0.0, "{options}: {gap}");
         if ty == "f16" {
             continue;
@@ -210,11 +214,39 @@ fn calibrated_inputs_come_back() {
 }
 
 #[test]
-fn caches_with_codes_are_refused() {
+fn caches_with_codes_come_back() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    compiled(d, "static-caches,annotate{w=8,group=row,sym=true,scale=bf16},rtn", "a");
+    compiled(
+        d,
+        "static-caches,annotate{w=8,group=row,sym=true,scale=bf16,skip=[q_proj,k_proj,v_proj]},rtn",
+        "a",
+    );
     ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
-    let s = run(d, &["inspect", "x"]);
-    assert!(s.code == 1 && s.err.contains("kv_cache_type") && s.err.contains("hint: "), "{}", s.err);
+    ok(d, &["compile", "x", "-o", "b"]);
+    assert_eq!(stored(&d.join("b")), stored(&d.join("a")));
+    ok(d, &["check", "b", "--parity"]);
+    ok(d, &["export", "b", "--format", "ascend", "-o", "y"]);
+    for file in [DESCRIPTION, WEIGHTS] {
+        let read = |folder: &str| std::fs::read(d.join(folder).join(file)).unwrap();
+        assert!(read("y") == read("x"), "{file}");
+    }
+    assert!(same(d, "b", "a") == 0.0);
+    let folder = || Folder::of(&d.join("x"));
+    let name = "model.layers.2.self_attn.v_proj";
+    for (part, n, x, words) in [
+        ("kv_cache_scale", 128, 0f32, "not positive"),
+        ("kv_cache_offset", 128, 1f32, "offsets not 0"),
+        ("kv_cache_scale", 64, 1f32, "[128, 1]"),
+    ] {
+        let mut f = folder();
+        f.tensors.insert(format!("{name}.{part}"), (Dtype::F32, vec![n], x.to_le_bytes().repeat(n)));
+        f.refused(&[name, if n == 128 { words } else { "[64, 1]" }]);
+    }
+    let mut f = folder();
+    f.tensors.remove(&format!("{name}.kv_cache_offset")).unwrap();
+    f.refused(&["kv_cache_offset", "missing"]);
+    let mut f = folder();
+    f.description.as_object_mut().unwrap().retain(|k, _| !["kv_cache_type", "kv_quant_type"].contains(&&**k));
+    f.refused(&["kv_cache_", "not part of"]);
 }

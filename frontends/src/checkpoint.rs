@@ -19,6 +19,13 @@ pub trait Checkpoint: WeightSource {
         None
     }
 
+    /// How what the linear layer of this name, one of keys or values, gives to the cache is rounded, where the checkpoint asks
+    /// for it.
+    fn rounded_cache(&self, module: &str) -> Option<&RoundedInput> {
+        let _ = module;
+        None
+    }
+
     /// Whether tensors are handed out in another form than the files hold them in, so that each is a copy.
     fn converts(&self) -> bool {
         false

@@ -193,6 +193,11 @@ fn layer(module: &Module, config: &DecoderConfig, weights: &dyn Checkpoint, i: u
     }
     let q = l.named(Op::Rope(config.rope), &[q, pos], "q_rope")?;
     let k = l.named(Op::Rope(config.rope), &[k, pos], "k_rope")?;
+    let [k, v] = [(k, "k_proj"), (v, "v_proj")].map(|(x, linear)| {
+        let by = weights.rounded_cache(&format!("{}.self_attn.{linear}", l.prefix));
+        rounded(l.b, x, by, &mut l.rounded)
+    });
+    let (k, v) = (k?, v?);
     let k_all = l.named(Op::CacheAppend, &[k_past, k], "k_all")?;
     let v_all = l.named(Op::CacheAppend, &[v_past, v], "v_all")?;
     let attr = AttnAttr {

@@ -75,6 +75,11 @@ pub(super) fn declare(
     let mut used: HashSet<String> = HashSet::new();
     for (name, shape) in &want {
         used.insert(name.clone());
+        let cache = name.strip_suffix(".weight").and_then(|module| weights.rounded_cache(module));
+        for t in cache.iter().flat_map(|r| r.tensors()) {
+            declare_as(module, path, &t.name, &t.ty)?;
+            used.insert(t.name.clone());
+        }
         if have.contains_key(&format!("{name}.codes")) {
             declare_codes(module, path, name, shape, &have, &mut used)?;
             for t in weights.rounded_input(name).iter().flat_map(|r| r.tensors()) {

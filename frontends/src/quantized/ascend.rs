@@ -1,8 +1,10 @@
 //! Linear layers as vllm-ascend's description has them (methods.md §10.5, ascend.md §5.2).
 
-use qrmc_ir::{Elem, Grain, QuantSpec, ScaleType, Tensor, WeightError, WeightSource};
+use std::path::Path;
 
-use super::config::Ascend;
+use qrmc_ir::{Elem, Grain, QuantSpec, ScaleType, Tensor, TensorType, WeightError, WeightSource};
+
+use super::config::{Ascend, Scheme, Storage};
 use super::linear::{Linear, ints};
 use super::open::{AGAIN, CONTRADICT, Open};
 use crate::hf::SafetensorsFolder;
@@ -20,6 +22,50 @@ const PARTS: [&str; 9] = [
     "deq_scale",
     "quant_bias",
 ];
+
+/// The ends of the names of tensors of caches.
+pub(super) const CACHED: [&str; 2] = [".kv_cache_scale", ".kv_cache_offset"];
+
+/// How the keys and values of each layer are rounded: signed codes with a stored scale a channel.
+///
+/// # Errors
+/// If a tensor is missing or has another type, a scale is no positive number, or an offset is not 0.
+pub(super) fn caches(
+    folder: &Path,
+    files: &SafetensorsFolder,
+    all: &[(String, TensorType)],
+) -> Result<Vec<(String, RoundedInput)>, ImportError> {
+    let scheme = Scheme {
+        storage: Storage::Ascend(Ascend::Plain),
+        bits: 8,
+        grain: Grain::Channel,
+        symmetric: Some(true),
+        reordered: false,
+        input: None,
+    };
+    let mut out = Vec::new();
+    for (name, _) in all {
+        let Some(module) = name.strip_suffix(".weight") else { continue };
+        if ![".self_attn.k_proj", ".self_attn.v_proj"].iter().any(|end| module.ends_with(end)) {
+            continue;
+        }
+        let o = Open::new(files, folder, module, scheme);
+        let (_, [n, one]) = o.need("kv_cache_scale", |e| e == Elem::F32)?;
+        let scales = o.finite("kv_cache_scale", [n, 1])?;
+        let offsets = o.finite("kv_cache_offset", [n, 1])?;
+        let values = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let (scale, offset): (Vec<f32>, Vec<f32>) = (values(&scales), values(&offsets));
+        if one != 1 || scale.iter().any(|s| *s <= 0.0) || offset.iter().any(|z| *z != 0.0) {
+            let what =
+                format!("the scales of `{module}.kv_cache_scale` are not positive, or its offsets not 0");
+            return Err(o.fail(what, "caches are read as signed codes without zero points"));
+        }
+        let calibrated = vec![o.small("kv_cache_scale", Elem::F32, &[n], scales)];
+        let spec = QuantSpec::sym(8, Grain::Channel);
+        out.push((module.to_owned(), RoundedInput { calibrated, ..RoundedInput::by_itself(spec) }));
+    }
+    Ok(out)
+}
 
 impl Ascend {
     /// The parts that belong to it.

@@ -90,6 +90,8 @@ pub(super) struct Rules {
     pub(super) format: String,
     /// The same as `qrmc export --format` calls it.
     pub(super) name: &'static str,
+    /// Whether keys and values are cached by calibrated scales of channels.
+    pub(super) caches: bool,
     /// The file that says it.
     pub(super) path: PathBuf,
     /// The first that matches decides; `None` leaves a layer in floats.

@@ -56,6 +56,8 @@ enum Origin {
     Zero(usize),
     /// One of the numbers by which a layer's input is rounded.
     Input(usize, usize),
+    /// The scales of a cache.
+    Cache(usize),
     /// The values of a quantized layer.
     Floats(usize),
 }
@@ -69,6 +71,8 @@ pub struct QuantizedFolder {
     by_name: HashMap<String, usize>,
     /// The layers whose inputs are rounded, by the names of their weights.
     inputs: HashMap<String, usize>,
+    /// How keys and values are rounded behind the linear layers that make them.
+    caches: Vec<(String, RoundedInput)>,
 }
 
 /// What [`open`] makes of the weights of a folder.
@@ -180,7 +184,15 @@ impl QuantizedFolder {
         let index: HashMap<String, usize> =
             linears.iter().enumerate().map(|(i, l)| (l.name.clone(), i)).collect();
         let mut tensors = Vec::new();
+        let caches = if rules.caches { ascend::caches(folder, &files, &all)? } else { Vec::new() };
+        if integers != Integers::Dequantize {
+            let scales = caches.iter().enumerate().flat_map(|(i, (_, r))| r.tensors().map(move |t| (i, t)));
+            tensors.extend(scales.map(|(i, t)| (t.name.clone(), t.ty.clone(), Origin::Cache(i))));
+        }
         for (name, ty) in all {
+            if rules.caches && ascend::CACHED.iter().any(|end| name.ends_with(end)) {
+                continue;
+            }
             if let Some(&i) = coded(&name, &ty).and_then(|n| index.get(n)) {
                 tensors.extend(handed_out(&linears[i], i, integers));
                 continue;
@@ -205,7 +217,8 @@ impl QuantizedFolder {
         let rounds = |(_, l): &(usize, &Linear)| integers != Integers::Dequantize && l.input.is_some();
         let inputs = linears.iter().enumerate().filter(rounds);
         let inputs = inputs.map(|(i, l)| (format!("{}.weight", l.name), i)).collect();
-        Ok(QuantizedFolder { files, linears, tensors, by_name, inputs })
+        let caches = if integers == Integers::Dequantize { Vec::new() } else { caches };
+        Ok(QuantizedFolder { files, linears, tensors, by_name, inputs, caches })
     }
 
     /// What the user should know about the way these weights were taken.
@@ -289,6 +302,9 @@ impl WeightSource for QuantizedFolder {
                 let rounded = self.linears[i].input.as_ref();
                 Cow::Borrowed(rounded.and_then(|r| r.tensors().nth(at)).map_or(&[][..], |t| &t.bytes))
             }
+            Origin::Cache(i) => {
+                Cow::Borrowed(self.caches[i].1.tensors().next().map_or(&[][..], |t| &t.bytes))
+            }
             Origin::Floats(i) => Cow::Owned(self.linears[i].floats(files)?),
         };
         Ok(RawWeight { ty: ty.clone(), bytes })
@@ -303,7 +319,7 @@ impl WeightSource for QuantizedFolder {
                 self.linears[i].scales(&self.files)?;
                 self.linears[i].scales_as_stored()
             }
-            Origin::Zero(_) | Origin::Floats(_) | Origin::Input(..) => None,
+            Origin::Zero(_) | Origin::Floats(_) | Origin::Input(..) | Origin::Cache(_) => None,
         };
         match stored {
             Some(stored) => self.files.shared(&stored),
@@ -323,6 +339,10 @@ impl Checkpoint for QuantizedFolder {
 
     fn rounded_input(&self, weight: &str) -> Option<&RoundedInput> {
         self.linears[*self.inputs.get(weight)?].input.as_ref()
+    }
+
+    fn rounded_cache(&self, module: &str) -> Option<&RoundedInput> {
+        self.caches.iter().find(|(name, _)| name == module).map(|(_, r)| r)
     }
 
     fn converts(&self) -> bool {

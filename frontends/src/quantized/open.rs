@@ -21,7 +21,11 @@ pub(super) struct Open<'a> {
     pub(super) scheme: Scheme,
 }
 
-impl Open<'_> {
+impl<'a> Open<'a> {
+    pub(super) fn new(files: &'a SafetensorsFolder, folder: &'a Path, name: &'a str, scheme: Scheme) -> Self {
+        Open { files, folder, name, scheme }
+    }
+
     pub(super) fn fail(&self, what: String, hint: &str) -> ImportError {
         ImportError::new(self.folder, what).hint(hint)
     }
@@ -231,7 +235,7 @@ impl Linear {
         name: &str,
         scheme: &Scheme,
     ) -> Result<Self, ImportError> {
-        let open = Open { files, folder, name, scheme: *scheme };
+        let open = Open::new(files, folder, name, *scheme);
         match scheme.storage {
             Storage::Awq | Storage::Gptq { .. } => Linear::words(&open),
             Storage::Packed | Storage::Bytes => Linear::compressed(&open),

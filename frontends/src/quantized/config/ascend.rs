@@ -29,9 +29,14 @@ pub(super) fn read(
             .hint(DAMAGED)
     })?;
     let s = Settings { path: path.clone(), key: String::new(), map: &map };
-    for key in ["kv_cache_type", "kv_quant_type", "fa_quant_type"] {
-        s.refuse(key, &format!("codes of caches and of attention are not read; {FLOATS}"))?;
-    }
+    s.refuse("fa_quant_type", &format!("codes of attention are not read; {FLOATS}"))?;
+    let caches = match s.text("kv_cache_type")?.or(s.text("kv_quant_type")?) {
+        None => false,
+        Some("C8") => true,
+        Some(other) => {
+            return Err(s.fail("kv_cache_type", &format!("is `{other}`"), &format!("read is C8; {FLOATS}")));
+        }
+    };
     let mut rules = Vec::new();
     for (name, kind) in &map {
         let Some(module) = name.strip_suffix(".weight") else { continue };
@@ -66,5 +71,5 @@ pub(super) fn read(
         rules.push((Pattern::Exact(module.to_owned()), Some(scheme)));
     }
     let kind = s.text("model_quant_type")?.unwrap_or("without a type");
-    Ok(Some(Rules { format: format!("vllm-ascend {kind}"), name: "ascend", path, rules }))
+    Ok(Some(Rules { format: format!("vllm-ascend {kind}"), name: "ascend", caches, path, rules }))
 }

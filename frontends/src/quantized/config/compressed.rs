@@ -54,7 +54,7 @@ pub(super) fn read(s: &Settings<'_>) -> Result<Rules, ImportError> {
     }
     rules.extend(by_kind.into_iter().flatten());
     let format = format!("compressed-tensors {}", formats.join(", "));
-    Ok(Rules { format, name: "compressed-tensors", path: s.path.clone(), rules })
+    Ok(Rules { format, name: "compressed-tensors", path: s.path.clone(), caches: false, rules })
 }
 
 /// A name, a pattern behind `re:`, or the class of all linear layers.

@@ -27,7 +27,7 @@ pub(super) fn awq(s: &Settings<'_>) -> Result<Rules, ImportError> {
         rules.push((Pattern::Contains(name.to_owned()), None));
     }
     finish(s, &mut rules, scheme)?;
-    Ok(Rules { format: "AWQ".into(), name: "awq", path: s.path.clone(), rules })
+    Ok(Rules { format: "AWQ".into(), name: "awq", path: s.path.clone(), caches: false, rules })
 }
 
 fn group_size(s: &Settings<'_>, keys: &[&str], default: i64) -> Result<Grain, ImportError> {
@@ -83,7 +83,7 @@ pub(super) fn gptq(s: &Settings<'_>) -> Result<Rules, ImportError> {
     blocks(s, scheme, &mut rules)?;
     finish(s, &mut rules, scheme)?;
     let (format, name) = if less_one { ("GPTQ", "gptq") } else { ("GPTQ v2", "gptq-v2") };
-    Ok(Rules { format: format.into(), name, path: s.path.clone(), rules })
+    Ok(Rules { format: format.into(), name, path: s.path.clone(), caches: false, rules })
 }
 
 const BITS: [i64; 4] = [2, 3, 4, 8];
