@@ -54,12 +54,13 @@ def decoder(linear):
 
 
 def folder(name, quantization, linear, description=None):
-    """`description` is the type of all linear layers in a description for vllm-ascend."""
+    """`description` is the type of all linear layers in a description for vllm-ascend, and that of caches behind a space."""
     head, data = safetensors(decoder(linear))
     text = config(quantization)
     if description is not None:
-        types = {f"model.layers.0.{n}.weight": description for n in LINEAR}
-        text += b"\x1e" + json.dumps({**types, "model_quant_type": description}, separators=(",", ":")).encode()
+        kind, *cached = description.split()
+        types = {f"model.layers.0.{n}.weight": kind for n in LINEAR}
+        text += b"\x1e" + json.dumps({**types, **{"kv_cache_type": k for k in cached}}, separators=(",", ":")).encode()
     put("quantized", name, struct.pack("<H", len(text)) + text + struct.pack("<H", len(head)) + head + data)
     return struct.pack("<Q", len(head)) + head + data
 
@@ -101,6 +102,14 @@ def folders():
     zero, full = struct.pack("<f", 0.0), struct.pack("<f", 1.0)
     sides = lambda r: {"weight_scale": ("F32", [r, 1], full), "weight_offset": ("F32", [r, 1], zero)}
     folder("described", None, lambda r, c: {"weight": ("I8", [r, c], b"\x80\x7f\x01"), **sides(r)}, "W8A8_DYNAMIC")
+    folder("calibrated", None,
+           lambda r, c: {"weight": ("I8", [r, c], b"\x80\x7f\x01"), "input_scale": ("F32", [1], full),
+                         "input_offset": ("F32", [1], zero), "deq_scale": ("I64", [r], full + b"\0\0\0\0"),
+                         "quant_bias": ("I32", [r], zero)}, "W8A8")
+    folder("cached", None,
+           lambda r, c: {"weight": ("I8", [r, c], b"\x80\x7f\x01"), **sides(r), **(
+               {"kv_cache_scale": ("F32", [16], full), "kv_cache_offset": ("F32", [16], zero)} if r == 16 else {})},
+           "W8A8_DYNAMIC C8")
     folder("transformed", None,
            lambda r, c: {"weight": ("I8", [r, c], b"\xf8\x07\x01"), **sides(r), "left_trans": ("F32", [4, 4], full),
                          "right_trans": ("F32", [8, 8], full), "clip_ratio": ("F32", [1], full)}, "W4A4_FLATQUANT_DYNAMIC")

@@ -125,7 +125,7 @@ fn quantized_folders() {
             import(dir.path());
         }
     }
-    assert!(accepted >= 17, "the seeds are accepted: {accepted}");
+    assert!(accepted >= 21, "the seeds are accepted: {accepted}");
 }
 
 /// Imports the inputs of a target that are one file, whole and damaged, most often in the first `head` bytes; at least

@@ -181,7 +181,7 @@ impl Linear {
     /// # Errors
     /// If one is no positive number, or `quant_bias` is not what the bias and the offset of the input make.
     pub(super) fn divided(&self, files: &SafetensorsFolder) -> Result<Vec<u8>, WeightError> {
-        let bad = |part: &str, why: String| WeightError::new(&format!("{}.{part}", self.name), why);
+        let bad = |part: &str, why: String| WeightError::new(format!("{}.{part}", self.name), why);
         let of = |at: usize| self.input.as_ref().and_then(|r| r.calibrated.get(at));
         let input = of(0).and_then(|t| t.bytes.first_chunk()).map_or(1.0, |b| f32::from_le_bytes(*b));
         let offset = of(1).and_then(|t| t.bytes.first()).map_or(0, |z| i64::from(*z) - 128);
