@@ -184,6 +184,11 @@ fn calibrated_inputs_come_back() {
         let gap = same(d, "b", "a");
         assert!(read("y") == read("x") && gap == 0.0, "{options}: {gap}");
         if ty == "f16" {
+            let mut f = Folder::of(&d.join("x"));
+            f.tensors.get_mut(&format!("{UP}.deq_scale")).unwrap().2[12] = 1;
+            f.write(&d.join("z"));
+            let s = run(d, &["compile", "z", "-o", "c"]);
+            assert!(s.code == 1 && s.err.contains("element 1 has bits beyond"), "{}", s.err);
             continue;
         }
         let folder = || Folder::of(&d.join("x"));
@@ -232,6 +237,9 @@ fn caches_with_codes_come_back() {
         assert!(read("y") == read("x"), "{file}");
     }
     assert!(same(d, "b", "a") == 0.0);
+    let s = run(d, &["compile", "x", "--pass", "rtn{bits=8,group=row}", "--no-check", "-o", "c"]);
+    assert!(s.code == 0 && s.err.contains("rounding of caches that it asks for is left out"), "{}", s.err);
+    assert!(!ok(d, &["inspect", "c", "--ir", "layer0"]).contains("qcast"));
     let folder = || Folder::of(&d.join("x"));
     let name = "model.layers.2.self_attn.v_proj";
     for (part, n, x, words) in [

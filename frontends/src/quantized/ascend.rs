@@ -189,9 +189,17 @@ impl Linear {
         let words = raw.bytes.as_chunks::<4>().0;
         // Of 64 bits, the low half.
         let each = if raw.ty.elem == Elem::F32 { 1 } else { 2 };
+        if each == 2
+            && let Some(at) = words.iter().skip(1).step_by(2).position(|high| *high != [0; 4])
+        {
+            return Err(bad("deq_scale", format!("element {at} has bits beyond those of a float; {AGAIN}")));
+        }
         let products: Vec<f32> = words.iter().step_by(each).map(|b| f32::from_le_bytes(*b)).collect();
         if let Some(row) = products.iter().position(|p| !p.is_normal() || *p < 0.0) {
-            return Err(bad("deq_scale", format!("element {row} is {}, which is no scale", products[row])));
+            return Err(bad(
+                "deq_scale",
+                format!("element {row} is {}, which is no scale; {AGAIN}", products[row]),
+            ));
         }
         self.biased(files, &products, offset)?;
         let scale = |p: &f32| {
@@ -200,7 +208,11 @@ impl Linear {
             let mut all = tried.into_iter().chain([near.next_up(), near.next_down()]);
             all.find(|s| s * input == *p).unwrap_or(near)
         };
-        Ok(products.iter().flat_map(|p| scale(p).to_le_bytes()).collect())
+        let scales: Vec<f32> = products.iter().map(scale).collect();
+        match scales.iter().position(|s| !s.is_normal()) {
+            None => Ok(scales.into_iter().flat_map(f32::to_le_bytes).collect()),
+            Some(row) => Err(bad("deq_scale", format!("element {row} by {input:e} is no scale; {AGAIN}"))),
+        }
     }
 
     /// Refuses a `quant_bias` of another bias than the stored one, to one step: as writers round it.

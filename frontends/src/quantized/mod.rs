@@ -217,7 +217,6 @@ impl QuantizedFolder {
         let rounds = |(_, l): &(usize, &Linear)| integers != Integers::Dequantize && l.input.is_some();
         let inputs = linears.iter().enumerate().filter(rounds);
         let inputs = inputs.map(|(i, l)| (format!("{}.weight", l.name), i)).collect();
-        let caches = if integers == Integers::Dequantize { Vec::new() } else { caches };
         Ok(QuantizedFolder { files, linears, tensors, by_name, inputs, caches })
     }
 
@@ -227,8 +226,14 @@ impl QuantizedFolder {
         match (integers, &reordered[..]) {
             (Integers::Dequantize, _) if !self.linears.is_empty() => {
                 let mut note = crate::DEQUANTIZED.to_owned();
-                if self.linears.iter().any(|l| l.scheme.input.is_some()) {
-                    note += "; the rounding of inputs that it asks for is left out";
+                let inputs = self.linears.iter().any(|l| l.scheme.input.is_some());
+                match (inputs, self.caches.is_empty()) {
+                    (false, true) => {}
+                    (true, true) => note += "; the rounding of inputs that it asks for is left out",
+                    (false, false) => note += "; the rounding of caches that it asks for is left out",
+                    (true, false) => {
+                        note += "; the rounding of inputs and caches that it asks for is left out"
+                    }
                 }
                 vec![note]
             }
@@ -342,7 +347,9 @@ impl Checkpoint for QuantizedFolder {
     }
 
     fn rounded_cache(&self, module: &str) -> Option<&RoundedInput> {
-        self.caches.iter().find(|(name, _)| name == module).map(|(_, r)| r)
+        let (_, rounded) = self.caches.iter().find(|(name, _)| name == module)?;
+        // Where passes start from, none is handed out.
+        rounded.tensors().all(|t| self.by_name.contains_key(&t.name)).then_some(rounded)
     }
 
     fn converts(&self) -> bool {
