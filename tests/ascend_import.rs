@@ -16,6 +16,19 @@ const DESCRIPTION: &str = "quant_model_description.json";
 const WEIGHTS: &str = "quant_model_weights.safetensors";
 const UP: &str = "model.layers.1.mlp.up_proj";
 
+/// Exports the artefact `a` as `x`, reads that as `b` and exports it again as `y`: the same integers, and the same files.
+fn comes_back(d: &Path) {
+    ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
+    ok(d, &["compile", "x", "-o", "b"]);
+    assert_eq!(stored(&d.join("b")), stored(&d.join("a")));
+    ok(d, &["check", "b", "--parity"]);
+    ok(d, &["export", "b", "--format", "ascend", "-o", "y"]);
+    for file in [DESCRIPTION, WEIGHTS] {
+        let read = |folder: &str| std::fs::read(d.join(folder).join(file)).unwrap();
+        assert!(read("y") == read("x"), "{file}");
+    }
+}
+
 /// The divergence of two artefacts on some text.
 fn same(d: &Path, a: &str, b: &str) -> f64 {
     let text = data("wikitext-2-train-sample.txt");
@@ -34,15 +47,7 @@ fn flatquant_comes_back_with_its_transforms() {
     let pass = ["--pass", "flatquant{epochs=1}", "--target", "vllm-ascend", "--calib", text];
     let windows = ["--nsamples", "2", "--seqlen", "64", "-o", "a"];
     ok(d, &[&["compile", model][..], &pass, &windows].concat());
-    ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
-    ok(d, &["compile", "x", "-o", "b"]);
-    assert_eq!(stored(&d.join("b")), stored(&d.join("a")));
-    ok(d, &["check", "b", "--parity"]);
-    ok(d, &["export", "b", "--format", "ascend", "-o", "y"]);
-    for file in [DESCRIPTION, WEIGHTS] {
-        let read = |folder: &str| std::fs::read(d.join(folder).join(file)).unwrap();
-        assert!(read("y") == read("x"), "{file}");
-    }
+    comes_back(d);
     // q, k and v share a pair, and gate and up; products of a pair in the other order differ in their last bits.
     let layer = ok(d, &["inspect", "x", "--ir", "layer0"]);
     assert_eq!(layer.matches("mode_mul").count(), 6, "{layer}");
@@ -175,14 +180,10 @@ fn calibrated_inputs_come_back() {
     for (options, ty) in [("scale=bf16", "bf16"), ("scale=f16", "f16"), ("scale=bf16,sym=false", "bf16")] {
         let pass = format!("static-inputs{{{options}}},annotate{{w=8,group=row,sym=true,scale={ty}}},rtn");
         compiled(d, &pass, "a");
-        ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
-        ok(d, &["compile", "x", "-o", "b"]);
         // The scales of weights are found again from products.
-        assert_eq!(stored(&d.join("b")), stored(&d.join("a")), "{options}");
-        ok(d, &["export", "b", "--format", "ascend", "-o", "y"]);
-        let read = |folder: &str| std::fs::read(d.join(folder).join(WEIGHTS)).unwrap();
+        comes_back(d);
         let gap = same(d, "b", "a");
-        assert!(read("y") == read("x") && gap == 0.0, "{options}: {gap}");
+        assert!(gap == 0.0, "{options}: {gap}");
         if ty == "f16" {
             let mut f = Folder::of(&d.join("x"));
             f.tensors.get_mut(&format!("{UP}.deq_scale")).unwrap().2[12] = 1;
@@ -227,15 +228,7 @@ fn caches_with_codes_come_back() {
         "static-caches,annotate{w=8,group=row,sym=true,scale=bf16,skip=[q_proj,k_proj,v_proj]},rtn",
         "a",
     );
-    ok(d, &["export", "a", "--format", "ascend", "-o", "x"]);
-    ok(d, &["compile", "x", "-o", "b"]);
-    assert_eq!(stored(&d.join("b")), stored(&d.join("a")));
-    ok(d, &["check", "b", "--parity"]);
-    ok(d, &["export", "b", "--format", "ascend", "-o", "y"]);
-    for file in [DESCRIPTION, WEIGHTS] {
-        let read = |folder: &str| std::fs::read(d.join(folder).join(file)).unwrap();
-        assert!(read("y") == read("x"), "{file}");
-    }
+    comes_back(d);
     assert!(same(d, "b", "a") == 0.0);
     let s = run(d, &["compile", "x", "--pass", "rtn{bits=8,group=row}", "--no-check", "-o", "c"]);
     assert!(s.code == 0 && s.err.contains("rounding of caches that it asks for is left out"), "{}", s.err);
@@ -245,11 +238,11 @@ fn caches_with_codes_come_back() {
     for (part, n, x, words) in [
         ("kv_cache_scale", 128, 0f32, "not positive"),
         ("kv_cache_offset", 128, 1f32, "offsets not 0"),
-        ("kv_cache_scale", 64, 1f32, "[128, 1]"),
+        ("kv_cache_scale", 64, 1f32, "[64, 1]"),
     ] {
         let mut f = folder();
         f.tensors.insert(format!("{name}.{part}"), (Dtype::F32, vec![n], x.to_le_bytes().repeat(n)));
-        f.refused(&[name, if n == 128 { words } else { "[64, 1]" }]);
+        f.refused(&[name, words]);
     }
     let mut f = folder();
     f.tensors.remove(&format!("{name}.kv_cache_offset")).unwrap();

@@ -13,9 +13,10 @@ use crate::rotate::{Rotate, RotateOptions};
 use crate::rtn::{Rtn, RtnOptions};
 use crate::scale::{Scale, ScaleOptions};
 use crate::smooth::{Smooth, SmoothOptions};
-use crate::static_caches::{StaticCaches, StaticCachesOptions};
-use crate::static_inputs::{StaticInputs, StaticInputsOptions};
-use crate::static_keys::{StaticKeys, StaticKeysOptions};
+use crate::static_caches::StaticCachesOptions;
+use crate::static_inputs::StaticInputsOptions;
+use crate::static_keys::StaticKeysOptions;
+use crate::static_scales::StaticPass;
 
 type Given = [(String, OptionValue)];
 
@@ -52,9 +53,9 @@ pub const PASSES: [PassEntry; 14] = [
     entry!(Place, PlaceOptions),
     entry!(PartBias, PartBiasOptions),
     entry!(Annotate, AnnotateOptions),
-    entry!(StaticInputs, StaticInputsOptions),
-    entry!(StaticKeys, StaticKeysOptions),
-    entry!(StaticCaches, StaticCachesOptions),
+    entry!(StaticPass, StaticInputsOptions),
+    entry!(StaticPass, StaticKeysOptions),
+    entry!(StaticPass, StaticCachesOptions),
     entry!(ClipSearch, ClipSearchOptions),
     entry!(Rtn, RtnOptions),
     entry!(Gptq, GptqOptions),

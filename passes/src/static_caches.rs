@@ -4,9 +4,9 @@ use qrmc_ir::{Diag, Func, FuncId, Grain, Module, Op, Place, QuantSpec, ScaleType
 
 use crate::edges::caches;
 use crate::options::{CacheBits, OptionValue, options};
-use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::pass::PassError;
 use crate::skip::{Skip, Skipped};
-use crate::static_scales::{self, Sides, StaticScales, Target, round_trip};
+use crate::static_scales::{Sides, StaticOptions, StaticScales, Target, round_trip};
 use crate::unit::Unit;
 
 options! {
@@ -21,47 +21,24 @@ options! {
     }
 }
 
-/// The pass.
-pub(crate) struct StaticCaches(pub(crate) StaticCachesOptions);
+impl StaticOptions for StaticCachesOptions {
+    const NAME: &'static str = "static-caches";
+    const SUMMARY: &'static str =
+        "quantize cached keys, behind their positions, and values by one calibrated scale a channel";
+    type Scales = Caches;
 
-impl StaticCachesOptions {
+    fn values(&self) -> Vec<(String, OptionValue)> {
+        self.write()
+    }
+
     fn on(&self, module: &Module) -> Result<Caches, Diag> {
         let spec = QuantSpec { scale: self.scale, ..QuantSpec::sym(self.bits.0, Grain::Channel) };
         Ok(Caches { spec, skip: self.skip.on(module)? })
     }
 }
 
-impl Pass for StaticCaches {
-    fn info(&self) -> PassInfo {
-        PassInfo {
-            name: "static-caches",
-            summary: "quantize cached keys, behind their positions, and values by one calibrated scale a channel",
-            preserves: Preserves::Exact,
-            accepts: (Stage::Float, Stage::Rounded),
-            calibrates: true,
-            transforms: false,
-        }
-    }
-
-    fn options(&self) -> Vec<(String, OptionValue)> {
-        self.0.write()
-    }
-
-    fn legal(&self, module: &Module) -> Result<(), Diag> {
-        self.0.skip.on(module).map(|_| ())
-    }
-
-    fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
-        static_scales::run(&self.0.on(&unit.module)?, &self.call().to_string(), unit, cx)
-    }
-
-    fn outline(&self, unit: &mut Unit) -> Result<(), PassError> {
-        static_scales::outline(&self.0.on(&unit.module)?, unit)
-    }
-}
-
 /// The pass on a module.
-struct Caches {
+pub(crate) struct Caches {
     spec: QuantSpec,
     skip: Skipped,
 }

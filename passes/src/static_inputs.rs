@@ -4,9 +4,9 @@ use qrmc_ir::{Diag, Func, FuncId, Grain, Module, Op, Place, QuantSpec, ScaleType
 
 use crate::edges::{Linear, inputs, key, role};
 use crate::options::{Bits, OptionValue, options};
-use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::pass::PassError;
 use crate::skip::{Skip, Skipped};
-use crate::static_scales::{self, Sides, StaticScales, Target, round_trip};
+use crate::static_scales::{Sides, StaticOptions, StaticScales, Target, round_trip};
 use crate::unit::Unit;
 
 options! {
@@ -23,10 +23,16 @@ options! {
     }
 }
 
-/// The pass.
-pub(crate) struct StaticInputs(pub(crate) StaticInputsOptions);
+impl StaticOptions for StaticInputsOptions {
+    const NAME: &'static str = "static-inputs";
+    const SUMMARY: &'static str =
+        "quantize each input of linear layers by one calibrated scale, from its ends on the calibration text";
+    type Scales = Inputs;
 
-impl StaticInputsOptions {
+    fn values(&self) -> Vec<(String, OptionValue)> {
+        self.write()
+    }
+
     fn on(&self, module: &Module) -> Result<Inputs, Diag> {
         let spec = match self.sym {
             true => QuantSpec::sym(self.bits.0, Grain::Tensor),
@@ -37,37 +43,8 @@ impl StaticInputsOptions {
     }
 }
 
-impl Pass for StaticInputs {
-    fn info(&self) -> PassInfo {
-        PassInfo {
-            name: "static-inputs",
-            summary: "quantize each input of linear layers by one calibrated scale, from its ends on the calibration text",
-            preserves: Preserves::Exact,
-            accepts: (Stage::Float, Stage::Rounded),
-            calibrates: true,
-            transforms: false,
-        }
-    }
-
-    fn options(&self) -> Vec<(String, OptionValue)> {
-        self.0.write()
-    }
-
-    fn legal(&self, module: &Module) -> Result<(), Diag> {
-        self.0.skip.on(module).map(|_| ())
-    }
-
-    fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
-        static_scales::run(&self.0.on(&unit.module)?, &self.call().to_string(), unit, cx)
-    }
-
-    fn outline(&self, unit: &mut Unit) -> Result<(), PassError> {
-        static_scales::outline(&self.0.on(&unit.module)?, unit)
-    }
-}
-
 /// The pass on a module.
-struct Inputs {
+pub(crate) struct Inputs {
     spec: QuantSpec,
     skip: Skipped,
 }

@@ -5,9 +5,9 @@ use qrmc_ir::{BinaryOp, Diag, Func, FuncId, Grain, Module, Op, QuantSpec, ValueI
 
 use crate::edges::caches;
 use crate::options::{CacheBits, OptionValue, options};
-use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
+use crate::pass::PassError;
 use crate::skip::{Skip, Skipped};
-use crate::static_scales::{self, Sides, StaticScales, Target, round_trip};
+use crate::static_scales::{Sides, StaticOptions, StaticScales, Target, round_trip};
 use crate::unit::Unit;
 
 options! {
@@ -22,39 +22,16 @@ options! {
     }
 }
 
-/// The pass.
-pub(crate) struct StaticKeys(pub(crate) StaticKeysOptions);
+impl StaticOptions for StaticKeysOptions {
+    const NAME: &'static str = "static-keys";
+    const SUMMARY: &'static str =
+        "quantize keys before their positions are in them, one static scale a channel (KVQuant*)";
+    type Scales = Keys;
 
-impl Pass for StaticKeys {
-    fn info(&self) -> PassInfo {
-        PassInfo {
-            name: "static-keys",
-            summary: "quantize keys before their positions are in them, one static scale a channel (KVQuant*)",
-            preserves: Preserves::Exact,
-            accepts: (Stage::Float, Stage::Rounded),
-            calibrates: true,
-            transforms: false,
-        }
+    fn values(&self) -> Vec<(String, OptionValue)> {
+        self.write()
     }
 
-    fn options(&self) -> Vec<(String, OptionValue)> {
-        self.0.write()
-    }
-
-    fn legal(&self, module: &Module) -> Result<(), Diag> {
-        self.0.skip.on(module).map(|_| ())
-    }
-
-    fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
-        static_scales::run(&self.0.on(&unit.module)?, &self.call().to_string(), unit, cx)
-    }
-
-    fn outline(&self, unit: &mut Unit) -> Result<(), PassError> {
-        static_scales::outline(&self.0.on(&unit.module)?, unit)
-    }
-}
-
-impl StaticKeysOptions {
     fn on(&self, module: &Module) -> Result<Keys, Diag> {
         let spec = QuantSpec::asym(self.bits.0, Grain::Channel);
         Ok(Keys { spec, pre_bias: self.pre_bias, skip: self.skip.on(module)? })
@@ -62,7 +39,7 @@ impl StaticKeysOptions {
 }
 
 /// The pass on a module.
-struct Keys {
+pub(crate) struct Keys {
     spec: QuantSpec,
     pre_bias: bool,
     skip: Skipped,

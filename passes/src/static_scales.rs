@@ -2,12 +2,64 @@
 //! them, from their ends on the calibration text.
 
 use qrmc_ir::grid::{QParam, qparam};
-use qrmc_ir::{Builder, Data, Diag, Func, FuncId, Grain, Op, QuantSpec, Rule, Tensor, ValueId, WeightId};
+use qrmc_ir::{
+    Builder, Data, Diag, Dim, Func, FuncId, Grain, Module, Op, QuantSpec, Rule, Tensor, ValueId, WeightId,
+};
 
 use crate::calibrate::{LayerResult, LayerRun, Stream, observe, walk_layers};
-use crate::pass::{PassCx, PassError};
+use crate::options::OptionValue;
+use crate::pass::{Pass, PassCx, PassError, PassInfo, Preserves, Stage};
 use crate::smooth::ends;
 use crate::unit::Unit;
+
+/// The options of a pass that gives values of each layer codes with stored scales.
+pub(crate) trait StaticOptions {
+    /// Name of the pass.
+    const NAME: &'static str;
+    /// What it does, in a line.
+    const SUMMARY: &'static str;
+    /// The pass on a module.
+    type Scales: StaticScales;
+
+    /// Every option with its value.
+    fn values(&self) -> Vec<(String, OptionValue)>;
+
+    /// # Errors
+    /// If the module has no layer that is to be skipped.
+    fn on(&self, module: &Module) -> Result<Self::Scales, Diag>;
+}
+
+/// A pass with these options.
+pub(crate) struct StaticPass<O>(pub(crate) O);
+
+impl<O: StaticOptions> Pass for StaticPass<O> {
+    fn info(&self) -> PassInfo {
+        PassInfo {
+            name: O::NAME,
+            summary: O::SUMMARY,
+            preserves: Preserves::Exact,
+            accepts: (Stage::Float, Stage::Rounded),
+            calibrates: true,
+            transforms: false,
+        }
+    }
+
+    fn options(&self) -> Vec<(String, OptionValue)> {
+        self.0.values()
+    }
+
+    fn legal(&self, module: &Module) -> Result<(), Diag> {
+        self.0.on(module).map(|_| ())
+    }
+
+    fn run(&self, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
+        run(&self.0.on(&unit.module)?, &self.call().to_string(), unit, cx)
+    }
+
+    fn outline(&self, unit: &mut Unit) -> Result<(), PassError> {
+        outline(&self.0.on(&unit.module)?, unit)
+    }
+}
 
 /// A value that gets codes.
 pub(crate) struct Target {
@@ -53,12 +105,7 @@ pub(crate) fn round_trip(
 ///
 /// # Errors
 /// As [`StaticScales::targets`], before anything is calibrated; without calibration text; if running a layer fails.
-pub(crate) fn run(
-    what: &dyn StaticScales,
-    name: &str,
-    unit: &mut Unit,
-    cx: &mut PassCx<'_>,
-) -> Result<(), PassError> {
+fn run(what: &dyn StaticScales, name: &str, unit: &mut Unit, cx: &mut PassCx<'_>) -> Result<(), PassError> {
     let layers = unit.module.layers();
     for (index, &layer) in layers.iter().enumerate() {
         what.targets(unit, layer, index)?;
@@ -75,12 +122,12 @@ pub(crate) fn run(
 ///
 /// # Errors
 /// As [`StaticScales::targets`].
-pub(crate) fn outline(what: &dyn StaticScales, unit: &mut Unit) -> Result<(), PassError> {
+fn outline(what: &dyn StaticScales, unit: &mut Unit) -> Result<(), PassError> {
     for (index, layer) in unit.module.layers().into_iter().enumerate() {
         let mut result = LayerResult::new();
         for t in what.targets(unit, layer, index)? {
             let shape = &unit.module.func(layer).ty(t.value).shape;
-            let channels = shape.last().and_then(qrmc_ir::Dim::fixed).unwrap_or(0);
+            let channels = shape.last().and_then(Dim::fixed).unwrap_or(0);
             let count = if what.spec().grain == Grain::Channel { channels } else { 1 };
             result.extend(items(&t, what.spec(), &vec![QParam { scale: 1.0, zero: 1 }; count]));
         }

@@ -119,16 +119,12 @@ impl Open<'_> {
 
     /// One scale of the input, and a zero point where its offset is not 0.
     fn by_one_scale(&self) -> Result<RoundedInput, ImportError> {
-        let scale = self.finite("input_scale", [1, 1])?;
+        let mut calibrated = vec![self.input_scale(|e| e == Elem::F32)?];
         let offset = self.finite("input_offset", [1, 1])?;
-        let [s, z] = [&scale, &offset].map(|b| f32::from_le_bytes(*b.first_chunk().unwrap_or(&[0; 4])));
-        if !s.is_normal() || s < 0.0 {
-            return Err(self.fail(format!("`{}.input_scale` is {s}, which is no scale", self.name), AGAIN));
-        }
+        let z = f32::from_le_bytes(*offset.first_chunk().unwrap_or(&[0; 4]));
         if !(-128.0..=127.0).contains(&z) || z.fract() != 0.0 {
             return Err(self.fail(format!("`{}.input_offset` is {z}, which is no code", self.name), AGAIN));
         }
-        let mut calibrated = vec![self.small("input_scale", Elem::F32, &[1], scale)];
         let spec = if z == 0.0 {
             QuantSpec::sym(8, Grain::Tensor)
         } else {

@@ -99,17 +99,6 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    /// The types of vllm-ascend's description, if the folder has one.
-    ///
-    /// # Errors
-    /// If it is damaged, or has a type that is not read.
-    pub(super) fn described(
-        folder: &Path,
-        read: impl Fn(&Path) -> Result<Vec<u8>, ImportError>,
-    ) -> Result<Option<Rules>, ImportError> {
-        ascend::read(folder, read)
-    }
-
     /// What is said about a linear layer, such as `model.layers.0.mlp.up_proj`; `None` if it stays in floats.
     pub(super) fn of(&self, module: &str) -> Option<&Scheme> {
         self.rules.iter().find(|(p, _)| p.matches(module))?.1.as_ref()

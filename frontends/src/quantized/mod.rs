@@ -96,7 +96,7 @@ pub(crate) fn configured(
     config: &Value,
     read: impl Fn(&Path) -> Result<Vec<u8>, ImportError>,
 ) -> Result<Configured, ImportError> {
-    match (Rules::read(folder, config)?, Rules::described(folder, read)?) {
+    match (Rules::read(folder, config)?, config::ascend::read(folder, read)?) {
         (Some(_), Some(described)) => {
             Err(ImportError::new(described.path, "config.json has a `quantization_config`, too")
                 .hint("remove the one that does not belong to the tensors"))

@@ -143,8 +143,23 @@ impl<'a> Open<'a> {
             }
             return Ok(self.scheme.input.map(RoundedInput::by_itself));
         };
-        let small = |part: &str, elem: Elem, bytes: Vec<u8>| self.small(part, elem, &[1], bytes);
-        let (elem, shape) = self.need("input_scale", float)?;
+        let scale = self.input_scale(float)?;
+        spec.scale = scale_type(scale.ty.elem);
+        let mut calibrated = vec![scale];
+        if spec.zero {
+            let (_, shape) = self.need("input_zero_point", |e| e == Elem::I8)?;
+            self.one("input_zero_point", shape)?;
+            let raised = self.bytes("input_zero_point")?.iter().map(|b| b ^ 0x80).collect();
+            calibrated.push(self.small("input_zero_point", Elem::U8, &[1], raised));
+        } else {
+            self.no_zeros("input_zero_point")?;
+        }
+        Ok(Some(RoundedInput { calibrated, ..RoundedInput::by_itself(spec) }))
+    }
+
+    /// The one scale of an input, in a type that fits.
+    pub(super) fn input_scale(&self, fits: impl Fn(Elem) -> bool) -> Result<SmallTensor, ImportError> {
+        let (elem, shape) = self.need("input_scale", fits)?;
         self.one("input_scale", shape)?;
         let bytes = self.bytes("input_scale")?;
         let value = Tensor::from_le_bytes(elem, &[1], &bytes).ok();
@@ -153,17 +168,7 @@ impl<'a> Open<'a> {
             let what = format!("`{}.input_scale` is {value}, which is no scale", self.name);
             return Err(self.fail(what, AGAIN));
         }
-        spec.scale = scale_type(elem);
-        let mut calibrated = vec![small("input_scale", elem, bytes)];
-        if spec.zero {
-            let (_, shape) = self.need("input_zero_point", |e| e == Elem::I8)?;
-            self.one("input_zero_point", shape)?;
-            let raised = self.bytes("input_zero_point")?.iter().map(|b| b ^ 0x80).collect();
-            calibrated.push(small("input_zero_point", Elem::U8, raised));
-        } else {
-            self.no_zeros("input_zero_point")?;
-        }
-        Ok(Some(RoundedInput { calibrated, ..RoundedInput::by_itself(spec) }))
+        Ok(self.small("input_scale", elem, &[1], bytes))
     }
 
     pub(super) fn small(&self, part: &str, elem: Elem, shape: &[usize], bytes: Vec<u8>) -> SmallTensor {

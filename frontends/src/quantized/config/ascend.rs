@@ -9,14 +9,14 @@ use super::{Ascend, DAMAGED, Pattern, Rules, Scheme, Settings, Storage};
 use crate::ImportError;
 
 /// The file that tells such a folder.
-pub(in crate::quantized) const DESCRIPTION: &str = "quant_model_description.json";
+const DESCRIPTION: &str = "quant_model_description.json";
 const FLOATS: &str = "start from the float checkpoint";
 
 /// The description in a folder, if there is one.
 ///
 /// # Errors
 /// If it is no JSON object of types, or gives a linear layer one that is not read.
-pub(super) fn read(
+pub(in crate::quantized) fn read(
     folder: &Path,
     read: impl Fn(&Path) -> Result<Vec<u8>, ImportError>,
 ) -> Result<Option<Rules>, ImportError> {
